@@ -1,0 +1,95 @@
+"""
+Train several position schemes at equal budget, with several seeds, and compare their validation losses.
+
+    python experiments/compare.py --quick                             # a few minutes on two CPU cores: does it run?
+    python experiments/compare.py --schemes none composite            # the README's table: tiny preset, three seeds
+    python experiments/compare.py --train --preset small --device cuda   # everything after --train goes to train.py
+
+The question of Chang et al. 2021, Table 1 (masked: none, absolute, fixed, dynamic, composite), asked of the loss itself.
+Runs stay in out/compare/ and are not trained twice: an interrupted comparison goes on where it stopped.
+Writes experiments/results/compare-<dataset>.csv and .png.
+"""
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+SCHEMES = {  # name: flags of train.py
+    'none': ['--model', 'nope'],
+    'absolute': ['--model', 'nope', '--absolute'],
+    'fixed': ['--model', 'composite', '--no-dynamic'],
+    'dynamic': ['--model', 'composite', '--no-fixed'],
+    'composite': ['--model', 'composite'],
+    'composite+key': ['--model', 'composite', '--dynamic_key'],
+}
+QUICK = '--max_iters 60 --n_layer 2 --n_embd 64 --batch_size 16 --warmup_iters 10 --eval_interval 20 --eval_tokens 16384'.split()
+
+
+def losses(out):
+    """[(step, validation loss)] of a run."""
+    with open(out / 'log.csv', newline='', encoding='utf-8') as f:
+        return [(int(r['step']), float(r['val_loss'])) for r in csv.DictReader(f) if r['val_loss']]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--schemes', nargs='+', choices=list(SCHEMES), default=list(SCHEMES), help='default: all')
+    parser.add_argument('--objectives', nargs='+', choices=('causal', 'masked'), default=['causal', 'masked'], help='default: both')
+    parser.add_argument('--seeds', type=int, default=3, help='seeds 1, 2, ... (default 3)')
+    parser.add_argument('--dataset', default='python', help='default python')
+    parser.add_argument('--quick', action='store_true', help='a much smaller setting: one seed, 60 steps')
+    parser.add_argument('--train', nargs=argparse.REMAINDER, default=[], help='everything behind it goes to train.py')
+    args = parser.parse_args()
+    words = [*(QUICK if args.quick else []), *args.train]
+    label = '-'.join([args.dataset, *(['quick'] if args.quick else []), *(w.lstrip('-') for w in args.train)])
+    curves = {}
+    for objective in args.objectives:
+        for scheme in args.schemes:
+            for seed in range(1, 1 + (1 if args.quick else args.seeds)):
+                out = Path('out/compare', f'{label}-{objective}-{scheme}-{seed}')
+                command = [sys.executable, REPO / 'train.py', *SCHEMES[scheme], '--objective', objective, '--dataset', args.dataset,
+                           '--seed', seed, *words, '--out_dir', out, '--resume']
+                if not (out / 'loss.png').exists():
+                    done = subprocess.run([str(c) for c in command], stdout=subprocess.DEVNULL)
+                    if done.returncode:
+                        sys.exit(done.returncode)
+                curves.setdefault((objective, scheme), []).append(losses(out))
+                print(f'{objective} {scheme} seed {seed}: {curves[objective, scheme][-1][-1][1]:.4f}', flush=True)
+
+    results = REPO / 'experiments' / 'results'
+    results.mkdir(exist_ok=True)
+    print(f'\n| objective | scheme | validation loss, nats per token | standard deviation over {len(curves[objective, scheme])} seeds |\n|---|---|---|---|')
+    with open(results / f'compare-{label}.csv', 'w', newline='', encoding='utf-8') as f:
+        writer = csv.writer(f)
+        writer.writerow(('objective', 'scheme', 'seed', 'step', 'val_loss'))
+        for (objective, scheme), runs in curves.items():
+            final = [run[-1][1] for run in runs]
+            spread = f'{statistics.stdev(final):.4f}' if len(final) > 1 else '-'
+            print(f'| {objective} | {scheme} | {statistics.mean(final):.4f} | {spread} |')
+            writer.writerows((objective, scheme, seed, step, loss) for seed, run in enumerate(runs, 1) for step, loss in run)
+    plot(curves, args, results / f'compare-{label}.png')
+
+
+def plot(curves, args, path):
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    colors = {scheme: f'C{i}' for i, scheme in enumerate(SCHEMES)}
+    fig, axes = plt.subplots(1, len(args.objectives), figsize=(5.5 * len(args.objectives), 4), squeeze=False)
+    for ax, objective in zip(axes[0], args.objectives):
+        for (o, scheme), runs in curves.items():
+            for n, run in enumerate(runs if o == objective else []):
+                ax.plot(*zip(*run[1:]), color=colors[scheme], lw=1.2, label=None if n else scheme)
+        ax.set(title=f'{objective} language model', xlabel='step', ylabel='validation loss (nats per token)')
+        ax.grid(alpha=0.3)
+        ax.legend()
+    fig.suptitle(f'{args.dataset}: one line per seed')
+    fig.savefig(path, dpi=120, bbox_inches='tight')
+    print(f'\nwrote {path} and its .csv')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,335 @@
+"""
+What equals what: every identity this project rests on, checked forward and backward.
+
+    python test_equivalence.py            # a table: what equals what, largest difference, tolerance; exit 1 if one fails
+    python -m pytest test_equivalence.py  # the same as tests
+
+The left side of each row is the code of a model file, the right side is written here, with explicit loops or explicit
+matrices, and never calls what it checks. Exact claims are in float64.
+"""
+import math
+import sys
+
+import torch
+import torch.nn.functional as F
+
+import model_composite as composite
+import model_nope as nope
+
+ROWS = []  # (claim, difference, tolerance): what the script prints
+
+
+def check(claim, ours, reference, tolerance=1e-12, least=1e-30):
+    """Record and assert that two tensors, or lists of tensors, agree to `tolerance` of the reference's largest entry (or of `least`)."""
+    pairs = list(zip(*[x if isinstance(x, (list, tuple)) else [x] for x in (ours, reference)], strict=True))
+    assert all(a.shape == b.shape and a.isfinite().all() for a, b in pairs), f'{claim}: shapes differ or not finite'
+    difference = max(((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=least)).item() for a, b in pairs)
+    ROWS.append((claim, difference, tolerance))
+    assert difference <= tolerance, f'{claim}: {difference:.1e} > {tolerance:.1e}'
+
+
+def check_apart(claim, a, b, least=1e-3):
+    """Record and assert that two tensors differ by at least `least`: a control, or a test of equality would mean nothing."""
+    difference = (a - b).abs().max().item()
+    ROWS.append((claim, difference, f'>{least:.0e}'))
+    assert difference >= least, f'{claim}: {difference:.1e} < {least:.0e}'
+
+
+def random(*shape, seed=0, scale=1.0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + sum(shape))).mul_(scale).requires_grad_()
+
+
+def with_gradients(f, inputs):
+    """[value, gradient of every input] under a fixed random cotangent."""
+    y = f(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, random(*y.shape, seed=99).detach())]
+
+
+def make(module, seed=0, **fields):
+    """A float64 model whose every parameter is random, so that no term of it is zero, and tokens for it."""
+    torch.manual_seed(seed)
+    config = module.Config(**{**dict(vocab_size=50, block_size=24, n_layer=2, n_head=2, n_embd=16), **fields})
+    model = module.Model(config).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    return model, torch.randint(50, (2, 21), generator=torch.Generator().manual_seed(seed))
+
+
+def schemes(**fields):
+    """(name, model, tokens) of every scheme with relative positions or none."""
+    yield 'nope', *make(nope, **fields)
+    yield 'composite', *make(composite, kernel_size=5, dynamic_key=True, **fields)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# relative positions are convolutions (Chang et al., section 3)
+
+B, H, T, D, K = 2, 3, 11, 4, 2  # an odd length, and more tokens than a kernel is wide
+WIDTH = 2 * K + 1
+
+
+def softmax_loops(score, v, causal):
+    """score(b, h, i, j) and a softmax by hand, one query at a time -> (B, nh, T, hs)."""
+    rows = []
+    for b in range(v.size(0)):
+        for h in range(v.size(1)):
+            for i in range(v.size(2)):
+                seen = range(i + 1 if causal else v.size(2))
+                a = torch.stack([score(b, h, i, j) for j in seen])
+                a = (a - a.max()).exp()
+                rows.append(sum(w * v[b, h, j] for w, j in zip(a / a.sum(), seen)))
+    return torch.stack(rows).view(v.shape)
+
+
+def clip(offset):
+    return max(-K, min(K, offset)) + K
+
+
+def test_shaw_is_a_dynamic_convolution():
+    """Equation 5: Shaw's embedding of the offset added to the key = a kernel made by the query, laid along the keys."""
+    for causal in (True, False):
+        q, k, v, w = inputs = random(B, H, T, D), random(B, H, T, D, seed=1), random(B, H, T, D, seed=2), random(WIDTH, D)
+        shaw = lambda q, k, v, w: softmax_loops(lambda b, h, i, j: q[b, h, i] @ (k[b, h, j] + w[clip(j - i)]) / math.sqrt(D), v, causal)
+        ours = lambda q, k, v, w: composite.attend_dense(q, k, v, q @ w.T / math.sqrt(D), causal)
+        check(f'Shaw embeddings = query-made convolution in the scores, {"causal" if causal else "both sides"}',
+              with_gradients(ours, inputs), with_gradients(shaw, inputs))
+
+
+def test_t5_is_a_fixed_convolution():
+    """Equation 4: T5's bias as an explicit Toeplitz matrix per head = the fixed kernel."""
+    for causal in (True, False):
+        inputs = random(B, H, T, D), random(B, H, T, D, seed=1), random(B, H, T, D, seed=2), random(H, WIDTH)
+
+        def t5(q, k, v, beta):
+            toeplitz = torch.stack([torch.stack([torch.stack([beta[h, clip(j - i)] for j in range(T)]) for i in range(T)]) for h in range(H)])
+            scores = torch.einsum('bhid,bhjd->bhij', q, k) / math.sqrt(D) + toeplitz  # (B, nh, T, T)
+            return softmax_loops(lambda b, h, i, j: scores[b, h, i, j], v, causal)
+        ours = lambda q, k, v, beta: composite.attend_dense(q, k, v, beta[None, :, None].expand(1, H, T, WIDTH), causal)
+        check(f'T5 bias as a Toeplitz matrix = fixed kernel, {"causal" if causal else "both sides"}',
+              with_gradients(ours, inputs), with_gradients(t5, inputs))
+
+
+def test_kernel_alone_is_a_convolution():
+    """Without content, exp(fixed kernel) over a zero-padded window is a convolution: its weights are normalised by the window's sum."""
+    beta = random(H, WIDTH)
+    v = random(B, H, T, D)
+    window = torch.full((1, H, T, WIDTH), -1e9, dtype=torch.float64) + 0  # shut both ends: they stand for all farther tokens
+    window[..., 1:-1] = beta[:, None, 1:-1].detach()
+    q = torch.zeros(B, H, T, D, dtype=torch.float64)
+    kernel = beta.detach().exp()[:, 1:-1]  # (H, 2K-1)
+    conv = F.conv1d(v.detach().permute(0, 3, 1, 2).reshape(B * D, H, T), kernel[:, None], padding=K - 1, groups=H)  # (B hs, nh, T)
+    norm = F.conv1d(torch.ones(1, H, T, dtype=torch.float64), kernel[:, None], padding=K - 1, groups=H)
+    reference = (conv / norm).view(B, D, H, T).permute(0, 2, 3, 1)
+    check('attention with a fixed kernel alone = lightweight conv1d', composite.attend_dense(q, q, v.detach(), window, causal=False), reference)
+
+
+def test_composite_layer_is_equation_6():
+    """The whole Attention module, all four terms, against equation 6 as loops over its own parameters."""
+    for causal in (True, False):
+        for terms in (dict(), dict(dynamic_key=True), dict(content=False), dict(dynamic=False), dict(fixed=False, content=False, dynamic_key=True)):
+            model, _ = make(composite, causal=causal, kernel_size=WIDTH, n_layer=1, n_head=H, n_embd=H * D, **terms)
+            att = model.h[0].attn
+            x = random(B, T, H * D)
+
+            def loops(x):
+                q, k, v = (F.linear(x, w).view(B, T, H, D).transpose(1, 2) for w in att.c_attn.weight.split(H * D))
+
+                def score(b, h, i, j):
+                    a = 0 * q[b, h, i, 0]
+                    if att.content:
+                        a = a + q[b, h, i] @ k[b, h, j] / math.sqrt(D)
+                    if att.dynamic is not None:
+                        a = a + q[b, h, i] @ att.dynamic[clip(j - i)] / math.sqrt(D)
+                    if att.dynamic_key is not None:
+                        a = a + k[b, h, j] @ att.dynamic_key[clip(i - j)] / math.sqrt(D)
+                    return a if att.fixed is None else a + att.fixed[h, clip(j - i)]
+                y = softmax_loops(score, v, causal).transpose(1, 2).reshape(B, T, H * D)
+                return F.linear(y, att.c_proj.weight)
+            inputs = [x, *att.parameters()]
+            name = ', '.join(f'{k}={v}' for k, v in terms.items()) or 'the defaults'
+            check(f'composite attention = equation 6 as loops, {"causal" if causal else "both sides"}: {name}',
+                  with_gradients(lambda x, *_: att(x), inputs), with_gradients(lambda x, *_: loops(x), inputs), 1e-11)
+
+
+def test_zero_kernels_are_plain_attention():
+    for causal in (True, False):
+        inputs = random(B, H, T, D), random(B, H, T, D, seed=1), random(B, H, T, D, seed=2)
+        zero = torch.zeros(1, H, T, WIDTH, dtype=torch.float64)
+        check(f'composite attention with zero kernels = scaled_dot_product_attention, {"causal" if causal else "both sides"}',
+              with_gradients(lambda q, k, v: composite.attend_dense(q, k, v, zero, causal), inputs),
+              with_gradients(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal), inputs))
+
+
+def test_spread_is_a_clipped_index():
+    """The skew that lays kernels along the diagonals, at every combination of lengths, against the index itself."""
+    for k in (0, 1, 3, 9):
+        for queries in (1, 2, 7):
+            for keys in (queries, queries + 1, queries + 6):
+                for rows, past, n in ((queries, keys - queries, keys), (keys, queries - keys, queries)):  # made by queries, by keys
+                    kernel = random(2, rows, 2 * k + 1)
+                    index = [[max(-k, min(k, j - past - i)) + k for j in range(n)] for i in range(rows)]
+                    explicit = lambda kernel: torch.stack([kernel[:, i, index[i]] for i in range(rows)], 1)
+                    check('kernels spread by skewing = clipped index, all lengths', with_gradients(lambda kernel: composite.spread(kernel, past, n), [kernel]),
+                          with_gradients(explicit, [kernel]))
+
+
+def test_extreme_biases():
+    """Hundreds of nats either way: nothing overflows, no digit is lost."""
+    for size in (300.0, -300.0):
+        inputs = random(1, 1, T, D), random(1, 1, T, D, seed=1), random(1, 1, T, D, seed=2), random(1, 1, T, WIDTH, scale=size)
+        check(f'composite attention = loops with biases of {size:+.0f} nats',
+              with_gradients(lambda q, k, v, t: composite.attend_dense(q, k, v, t), inputs),
+              with_gradients(lambda q, k, v, t: softmax_loops(lambda b, h, i, j: q[b, h, i] @ k[b, h, j] / math.sqrt(D) + t[b, h, i, clip(j - i)], v, True), inputs),
+              1e-11, least=1)  # saturated: most gradients vanish
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# no positions (Chi et al.)
+
+def test_uniform_causal_attention_has_variance_1_over_m():
+    """Zero queries make attention uniform: the output at token m is the mean of m values, of variance 1/m."""
+    T, samples = 32, 4000
+    v = torch.randn(samples, 1, T, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model, _ = make(nope, n_layer=1, n_head=1, n_embd=8)
+    att = model.h[0].attn
+    with torch.no_grad():
+        att.c_attn.weight.zero_()
+        att.c_attn.weight[16:] = torch.eye(8)  # q = k = 0, v = x
+        att.c_proj.weight.copy_(torch.eye(8))
+        y = att(v[:, 0])
+    m = torch.arange(1, T + 1, dtype=torch.float64)
+    check('uniform causal attention = running mean', y, v[:, 0].cumsum(1) / m[:, None])
+    check('its variance at token m = 1/m (32,000 samples)', y.var(dim=(0, 2)) * m, torch.ones(T, dtype=torch.float64), 0.05)
+
+
+def test_permutation():
+    """Without the causal mask the tokens are a bag; the mask alone tells their order."""
+    order = torch.randperm(21, generator=torch.Generator().manual_seed(3))
+    model, idx = make(nope, causal=False)
+    check('NoPE without the causal mask: permuted tokens = permuted logits', model(idx[:, order])[0], model(idx)[0][:, order])
+    model, idx = make(nope, causal=True)
+    check_apart('NoPE with the causal mask: they differ', model(idx[:, order])[0], model(idx)[0][:, order])
+    for fields in (dict(), dict(absolute=True)):
+        model, idx = make(composite if not fields else nope, causal=False, **fields)
+        check_apart(f'{"absolute positions" if fields else "composite attention"} without the causal mask: they differ',
+                    model(idx[:, order])[0], model(idx)[0][:, order])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# every model: the future, padding, shifts, decoding, the loss
+
+def test_later_tokens_change_nothing_before_them():
+    for name, model, idx in (*schemes(), ('absolute', *make(nope, absolute=True))):
+        other = idx.clone()
+        other[:, 13:] = (other[:, 13:] + 1) % 50
+        check(f'{name}: logits before a changed token are unchanged', model(other)[0][:, :13], model(idx)[0][:, :13], 0)
+        check_apart(f'{name}: and from there on they change', model(other)[0][:, 13:], model(idx)[0][:, 13:])
+        leak = torch.autograd.functional.jacobian(lambda e: model.h[0](e)[0, 5].sum(), model.wte(idx[:1]))[0, 6:]
+        assert leak.abs().max() == 0, f'{name}: token 5 has a gradient from later tokens'
+
+
+def test_padding_changes_nothing():
+    for causal in (True, False):
+        for name, model, idx in (*schemes(causal=causal), ('absolute', *make(nope, absolute=True, causal=causal))):
+            short = model(idx[:, :14])[0]
+            valid = torch.arange(21) < 14
+            side = 'causal' if causal else 'both sides'
+            check(f'{name}, {side}: padding on the right = none', model(idx, valid=valid.expand(2, -1))[0][:, :14], short)
+            if name != 'absolute':
+                padded = torch.cat((idx[:, 14:], idx[:, :14]), 1)
+                check(f'{name}, {side}: padding on the left = none', model(padded, valid=valid.flip(0).expand(2, -1))[0][:, 7:], short)
+            if not causal:
+                check_apart(f'{name}, {side}: unmarked padding is seen', model(idx)[0][:, :14], short)
+            targets = torch.where(valid, idx.roll(-1, 1), -1)
+            by_hand = -model(idx[:, :14])[0].log_softmax(-1).gather(2, targets[:, :14, None]).mean()
+            check(f'{name}, {side}: loss with padding = mean over real tokens', model(idx, targets, valid=valid.expand(2, -1))[1], by_hand)
+
+
+def test_shifting_the_input_shifts_the_output():
+    """Only offsets count: a text between paddings of any length gives the same logits."""
+    for name, model, idx in schemes(causal=False):
+        start = lambda n: (torch.cat((idx[:, :n] * 0, idx[:, :12], idx[:, :9 - n] * 0), 1), ((torch.arange(21) >= n) & (torch.arange(21) < n + 12)).expand(2, -1))
+        outs = [model(tokens, valid=valid)[0][:, n:n + 12] for n in (0, 4, 9) for tokens, valid in [start(n)]]
+        check(f'{name}: a text moved by 4 and 9 places gives the same logits', outs[1:], [outs[0]] * 2)
+    model, idx = make(nope, absolute=True)
+    check_apart('absolute positions: it does not', model(idx[:, :5])[0], model(idx[:, [0, *range(5)]])[0][:, 1:])
+
+
+def test_decoding_is_the_parallel_form():
+    for name, model, idx in (*schemes(), ('absolute', *make(nope, absolute=True))):
+        whole = model(idx)[0]
+        for steps in ([1] * 21, [8, 1, 1, 5, 6]):
+            state = model.new_state()
+            parts = [model(part, state=state)[0] for part in idx.split(steps, 1)]
+            check(f'{name}: {"one token" if steps[0] == 1 else "pieces"} at a time from a state = all at once', torch.cat(parts, 1), whole)
+        valid = torch.ones(2, 21, dtype=torch.bool)
+        valid[1, :6] = False  # prompts of different lengths, padded on the left
+        state = model.new_state()
+        parts = [model(idx[:, :9], valid=valid[:, :9], state=state)[0], *(model(idx[:, i:i + 1], state=state)[0] for i in range(9, 21))]
+        check(f'{name}: decoding behind a padded prompt = all at once', torch.cat(parts, 1)[valid], model(idx, valid=valid)[0][valid])
+
+
+def test_any_length():
+    """Relative schemes take texts longer than block_size; their first tokens do not notice."""
+    for name, model, idx in schemes():
+        long = torch.cat((idx, idx, idx), 1)  # 63 tokens, block_size 24
+        check(f'{name}: beyond block_size, the beginning = the beginning alone', model(long)[0][:, :21], model(idx)[0])
+        check(f'{name}: one token alone = the first of many', model(idx[:, :1])[0], model(idx)[0][:, :1])
+
+
+def test_predicting_some_places_is_predicting_all():
+    for name, model, idx in schemes(causal=False):
+        where = torch.tensor([[1, 4, 20], [0, 2, 3]])
+        targets = torch.tensor([[3, 1, 4], [1, 5, -1]])
+        logits, loss = model(idx, targets, where=where)
+        whole = model(idx)[0]
+        picked = torch.stack([whole[b, where[b]] for b in range(2)])
+        by_hand = -sum(picked[b, m].log_softmax(-1)[targets[b, m]] for b in range(2) for m in range(3) if targets[b, m] >= 0) / 5
+        check(f'{name}: logits and loss at some places = those of all places', [logits, loss], [picked, by_hand])
+
+
+def test_bfloat16_and_compile_on_a_gpu():
+    """On a GPU: the models in bf16, eager and compiled, against float32."""
+    if not torch.cuda.is_available():
+        ROWS.append(('bf16 and torch.compile on a GPU', None, 'skipped: no GPU'))
+        return
+    for causal in (True, False):
+        for name, model, _ in schemes(causal=causal, n_embd=128, block_size=256):
+            model = model.float().cuda()
+            idx = torch.randint(50, (4, 200), device='cuda')
+            valid = torch.arange(200, device='cuda').expand(4, -1) < torch.tensor([[200], [150], [100], [7]], device='cuda')
+            with torch.no_grad():
+                reference = model.hidden(idx, valid)
+                with torch.autocast('cuda', torch.bfloat16):
+                    check(f'{name}: bf16 = float32 on a GPU', model.hidden(idx, valid)[valid], reference[valid], 0.1)
+                    check(f'{name}: bf16 compiled = float32 on a GPU', torch.compile(model.hidden)(idx, valid)[valid], reference[valid], 0.1)
+
+
+def main():
+    torch.set_num_threads(1)  # many tiny tensors
+    failures = 0
+    for name, test in [(n, t) for n, t in globals().items() if n.startswith('test_')]:
+        try:
+            test()
+        except AssertionError as e:
+            failures += 1
+            if not ROWS or not str(e).startswith(ROWS[-1][0]):  # failed before its row could be written
+                ROWS.append((str(e) or name, math.inf, 0.0))
+    table = {}
+    for claim, difference, tolerance in ROWS:  # the same claim checked many times: the worst of them
+        if claim not in table or difference is not None and difference > table[claim][0]:
+            table[claim] = difference, tolerance
+    for claim, (difference, tolerance) in table.items():
+        if difference is None:
+            print(f'{claim:92s} {tolerance}')
+        elif isinstance(tolerance, str):
+            print(f'{claim:92s} {difference:8.1e} {tolerance:>8s}  {"PASS" if difference >= float(tolerance[1:]) else "FAIL"}')
+        else:
+            print(f'{claim:92s} {difference:8.1e} {tolerance:8.0e}  {"PASS" if difference <= tolerance else "FAIL"}')
+    print(f'{len(table)} rows, {failures} failed')
+    return failures > 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The rules of the house: four model files are one text outside their scheme, and the README's commands are real."""
+import ast
+import dataclasses
+import importlib
+import re
+
+import pytest
+import torch
+
+import train
+from conftest import MODELS, REPO
+
+
+def parts(name):
+    """Source text of each top-level class and function of a model file, and its syntax tree."""
+    source = (REPO / f'model_{name}.py').read_text(encoding='utf-8')
+    tree = ast.parse(source)
+    return {n.name: ast.get_source_segment(source, n) for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}, tree, source
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_skeleton_is_one_text(name):
+    ours, _, source = parts(name)
+    theirs, _, control = parts('nope')
+    for part in ('MLP', 'Block', 'Model'):
+        assert ours[part] == theirs[part], f'class {part} of model_{name}.py is not the text of model_nope.py'
+    assert ours['Config'].startswith(theirs['Config']), 'the shared fields of Config come first, word for word'
+    tail = source[source.index('class MLP'):]
+    assert tail == control[control.index('class MLP'):], 'nothing but the skeleton follows Attention'
+    for shared in set(ours) & set(theirs) - {'Config', 'Attention'}:
+        assert ours[shared] == theirs[shared], f'{shared} has the same name and another text'
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_model_file_is_self_contained_and_in_order(name):
+    _, tree, source = parts(name)
+    assert ast.get_docstring(tree) and len(source.splitlines()) <= 400
+    imported = {a.name.split('.')[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {n.module.split('.')[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert imported <= {'math', 'dataclasses', 'typing', 'torch'}, f'a model file imports nothing from the project: {imported}'
+    classes = [n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name in ('Config', 'Attention', 'MLP', 'Block', 'Model')]
+    assert classes == ['Config', 'Attention', 'MLP', 'Block', 'Model']
+    for n in tree.body:
+        assert not isinstance(n, ast.FunctionDef) or ast.get_docstring(n), f'{n.name} has no docstring'
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_contract_of_a_model_file(name):
+    """Design of the shared interface: fields, shapes, parameter names."""
+    module = importlib.import_module(f'model_{name}')
+    fields = [f.name for f in dataclasses.fields(module.Config)]
+    assert fields[:11] == ['vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'causal', 'absolute', 'init_std', 'scale_residual_init']
+    for causal in (True, False):
+        model = module.Model(module.Config(causal=causal, bias=True, dropout=0.1))
+        idx = torch.randint(256, (2, 40))
+        logits, loss = model(idx, idx.roll(1, 1))
+        assert logits.shape == (2, 40, 256) and loss.shape == () and 5 < loss.item() < 7
+        assert model(idx)[1] is None and model.hidden(idx).shape == (2, 40, 128)
+        assert model(idx, where=idx[:, :3] % 40)[0].shape == (2, 3, 256)
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters()), 'a parameter without a gradient would hang several processes'
+        assert model.h[0].attn.c_attn.weight.shape == (3 * 128, 128) and model.h[0].attn.c_proj.weight.shape == (128, 128)
+    with pytest.raises(ValueError, match='multiple of n_head'):
+        module.Model(module.Config(n_head=3))
+    with pytest.raises(ValueError, match='needs causal'):
+        model(idx, state=model.new_state())
+    model = module.Model(module.Config(absolute=True, block_size=16))
+    with pytest.raises(ValueError, match='block_size=16, got 17'):
+        model(idx[:, :17])
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_initialisation(name):
+    module = importlib.import_module(f'model_{name}')
+    for scaled in (True, False):
+        model = module.Model(module.Config(n_layer=8, init_std=0.05, scale_residual_init=scaled))
+        assert abs(model.wte.weight.std().item() - 0.05) < 0.002 and abs(model.h[3].attn.c_attn.weight.std().item() - 0.05) < 0.002
+        expected = 0.05 / 4 if scaled else 0.05
+        for block in model.h:
+            assert abs(block.attn.c_proj.weight.std().item() / expected - 1) < 0.05
+            assert abs(block.mlp.c_proj.weight.std().item() / expected - 1) < 0.05
+
+
+def readme_commands():
+    """Lines of the README's code blocks that run one of our scripts."""
+    text = (REPO / 'README.md').read_text(encoding='utf-8')
+    for block in re.findall(r'```(?:sh|bash)?\n(.*?)```', text, re.S):
+        for line in block.replace('\\\n', ' ').splitlines():
+            for command in line.split('#')[0].split('&&'):
+                if match := re.search(r'(train|prepare_data|sample|test_equivalence|experiments/\w+)\.py(.*)', command):
+                    yield match[1], match[2].split()
+
+
+def test_readme_commands_parse(run, monkeypatch, tmp_path):
+    commands = list(readme_commands())
+    assert len(commands) > 8 and {'train', 'sample', 'prepare_data', 'test_equivalence'} <= {c for c, _ in commands}
+    usage = {}
+    monkeypatch.chdir(tmp_path)
+    for script, words in commands:
+        words = [w.strip('"\'') for w in words]
+        if script == 'train':
+            if '--model' in words and not (REPO / f'model_{words[words.index("--model") + 1]}.py').exists():
+                assert words[words.index('--model') + 1] in ('mine', '$model', '$m'), words
+                continue
+            train.resolve([w.replace('$seed', '1') for w in words if w not in ('--help',)])
+        else:
+            usage[script] = usage.get(script) or (run(f'{script}.py', '--help').out if script != 'test_equivalence' else '')
+            for word in words:
+                assert not word.startswith('--') or word in usage[script], f'{script}.py has no {word}'
+
+
+def test_help_names_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.resolve(['--model', 'composite', '--help'])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    fields = [*dataclasses.fields(train.Settings), *dataclasses.fields(importlib.import_module('model_composite').Config)]
+    notes = re.split(r'\n  --', text[text.index('options:'):])
+    for f in fields:
+        note = next(n for n in notes if re.match(rf'{f.name}\b', n))
+        assert '(default' in note and len(note.split()) >= 5, f'--{f.name} has no help: {note}'

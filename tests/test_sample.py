@@ -1,0 +1,112 @@
+"""sample.py as users run it, on runs that train.py made."""
+import re
+
+import pytest
+import torch
+
+import sample
+from conftest import CORPORA, MODELS, TINY, Run
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory, data_dir):
+    """A folder with a short run of each model and objective, and one with absolute positions."""
+    run = Run(tmp_path_factory.mktemp('sample'))
+    words = ['--data_dir', data_dir, '--dataset', 'code', *TINY, '--max_iters', 40, '--warmup_iters', 5, '--learning_rate', 5e-3, '--eval_interval', 40]
+    for name in MODELS:
+        for objective in ('causal', 'masked'):
+            run('train.py', '--model', name, '--objective', objective, *words)
+    run('train.py', '--model', 'nope', '--absolute', *words, '--out_dir', 'out/absolute')
+    return run
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_causal_continues_the_prompt(runs, name):
+    words = ['--out_dir', f'out/{name}-causal-code', '--prompt', 'def grüße(', '--max_new_tokens', 100, '--device', 'cpu']
+    text = runs('sample.py', *words).out
+    assert text.startswith('def grüße(') and 60 < len(text) <= 111 and runs.err == ''
+    assert runs('sample.py', *words).out == text, 'the same seed writes the same text'
+    assert runs('sample.py', *words, '--seed', 2).out != text
+    two = runs('sample.py', *words, '--num_samples', 2).out
+    assert two.startswith(text) and two.count('def grüße(') >= 2
+    greedy = runs('sample.py', *words, '--temperature', 0).out
+    assert greedy == runs('sample.py', *words, '--top_k', 1, '--seed', 9).out, 'the likeliest token is the only one of top 1'
+    assert len(runs('sample.py', *words, '--context', 0).out) > 60
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_drawn_from_the_state_is_drawn_from_the_text(runs, name):
+    """Greedy ids from the running state = greedy ids by feeding the whole text anew, across the edge of the context."""
+    model, checkpoint = sample.load_run(runs.folder / f'out/{name}-causal-code', 'best', 'cpu')
+    ids = list(b'import ')
+    for context in (0, 16):
+        drawn = sample.continuation(model, ids, 256, context, 0, 0, None)
+        drawn = [next(drawn) for _ in range(30)]
+        text, fed = list(ids), len(ids)  # fed: how many tokens the state holds
+        for _ in range(30):
+            if context and fed > context:
+                fed = context // 2
+            text.append(model(torch.tensor([text[-fed:]]))[0][0, -1, :256].argmax().item())
+            fed += 1
+        assert drawn == text[len(ids):]
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_masked_fills_the_gaps(runs, name):
+    out = runs('sample.py', '--out_dir', f'out/{name}-masked-code', '--prompt', 'd[MASK]f f(self[MASK]:').out.splitlines()
+    assert re.fullmatch(r'd.f f\(self.:', out[0], re.S) and len(out) == 3
+    for n, line in enumerate(out[1:], 1):
+        p = [float(x) for x in re.findall(r'(\d+\.\d)%', line)]
+        assert line.startswith(f'[MASK] {n}: ') and len(p) == 5 and p == sorted(p, reverse=True) and 0 < sum(p) <= 100.5
+    model, checkpoint = sample.load_run(runs.folder / f'out/{name}-masked-code', 'best', 'cpu')
+    ids = [100, 256, 102, 256]
+    (first, _), (_, p) = sample.fill(model, ids, 256, 256)[1][0], sample.fill(model, ids, 256, 256)[0][0]
+    logits = model(torch.tensor([ids]))[0][0]
+    assert first == logits[3, :256].argmax() and abs(p - logits[1, :256].softmax(-1).max().item()) < 1e-6
+
+
+def test_newest_run_is_the_default(runs):
+    runs('sample.py', '--prompt', 'x', '--max_new_tokens', 3)
+    assert 'run out/absolute' in runs.err
+
+
+def test_absolute_positions_go_on_past_their_end(runs):
+    assert len(runs('sample.py', '--out_dir', 'out/absolute', '--max_new_tokens', 200, '--prompt', 'x' * 100).out) > 250
+
+
+@pytest.mark.parametrize('words, parts', [
+    ('--out_dir nowhere', ['nowhere/ckpt_best.pt', 'train.py']),
+    ('--out_dir out/composite-masked-code --prompt text', ['at least one [MASK]']),
+    ('--out_dir out/composite-masked-code', ['--prompt', '[MASK]']),
+    ('--out_dir out/absolute --context 33', ['--context', 'block_size=32']),
+    ('--num_samples 0', ['--num_samples', 'at least 1']),
+    ('--temperature -1', ['--temperature', 'at least 0']),
+    ('--ckpt first', ["'first'", 'best', 'last']),
+    ('--device tpu9', ['--device tpu9']),
+    ('--nonsense', ['--nonsense', '--help']),
+])
+def test_refused(runs, words, parts):
+    runs('sample.py', *words.split(), code=2)
+    err = [line for line in runs.err.splitlines() if not line.startswith('run out/')]
+    assert len(err) == 1 and all(part in err[0] for part in parts), runs.err
+
+
+def test_refused_checkpoint(runs):
+    (runs.folder / 'bad').mkdir(exist_ok=True)
+    (runs.folder / 'bad/ckpt_best.pt').write_bytes((runs.folder / 'out/absolute/ckpt_best.pt').read_bytes()[:3000])
+    runs('sample.py', '--out_dir', 'bad', code=2)
+    assert len(runs.err.splitlines()) == 1 and 'ckpt_best.pt' in runs.err
+
+
+@pytest.mark.skipif(not (CORPORA / 'tiktoken_cache').is_dir(), reason=f'no tiktoken cache in {CORPORA} (set CORPORA)')
+def test_gpt2_tokens_from_preparation_to_sample(run):
+    """WikiText-2 as GPT-2 tokens: prepare, train a little, continue, fill."""
+    env = dict(TIKTOKEN_CACHE_DIR=str(CORPORA / 'tiktoken_cache'))
+    run('prepare_data.py', '--dataset', 'wikitext2', '--path', CORPORA / 'wikitext-2-raw', **env)
+    for objective in ('causal', 'masked'):
+        run('train.py', '--dataset', 'wikitext2', '--objective', objective, *TINY, '--max_iters', 2)
+        assert 'perplexity' in run.out
+    out = run('sample.py', '--out_dir', 'out/composite-masked-wikitext2', '--prompt', 'The [MASK] of the', **env).out
+    assert out.startswith('The') and '[MASK] 1:' in out
+    out = run('sample.py', '--out_dir', 'out/composite-causal-wikitext2', '--prompt', 'The', '--max_new_tokens', 20, **env).out
+    assert out.startswith('The') and len(out) > 20

@@ -1,0 +1,333 @@
+"""train.py as users run it: learning, stopping, going on, several processes, wrong input."""
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+import train as script
+from conftest import MODELS, REPO
+
+
+def log(folder, *columns):
+    with open(folder / 'log.csv', newline='') as f:
+        return [tuple(r[c] for c in columns) for r in csv.DictReader(f)]
+
+
+def checkpoint(folder, which='last'):
+    return torch.load(folder / f'ckpt_{which}.pt', weights_only=True)
+
+
+def tensors(x):
+    """All tensors in nested dicts and lists, in order."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    return [t for v in (x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()) for t in tensors(v)]
+
+
+# -- data ---------------------------------------------------------------------------------------------------------------
+
+META = dict(vocab_size=256, mask_id=256)
+DATA = np.random.default_rng(0).integers(256, size=5000).astype(np.uint16)
+
+
+@pytest.mark.parametrize('objective', ['causal', 'masked'])
+def test_batches_depend_on_seed_and_step_alone(objective):
+    s = script.Settings(objective=objective)
+    whole = script.train_rows(DATA, 7, range(12), s, 40, META)
+    parts = [script.train_rows(DATA, 7, range(i, i + 3), s, 40, META) for i in (0, 3, 6, 9)]  # micro batches, or processes
+    for i, a in enumerate(whole):
+        assert a is None or (a == np.concatenate([p[i] for p in parts])).all()
+    for other in (script.train_rows(DATA, 8, range(12), s, 40, META), script.train_rows(DATA, 7, range(12), script.Settings(objective=objective, seed=2), 40, META)):
+        assert (other[0] != whole[0]).mean() > 0.5
+    assert len({row.tobytes() for row in whole[0]}) == 12, 'rows of a batch differ'
+
+
+def test_masked_rows_hide_what_they_ask_for_and_nothing_else():
+    s = script.Settings(objective='masked', mask_prob=0.15)
+    plain = script.train_rows(DATA, 3, range(400), script.Settings(), 64, META)[0]
+    idx, targets, where = script.train_rows(DATA, 3, range(400), s, 64, META)
+    assert where.shape == (400, round(0.15 * 64)) and (np.diff(where, axis=1) > 0).all()  # exactly so many, no place twice
+    assert (targets == np.take_along_axis(plain, where, 1)).all(), 'the target is the hidden token'
+    untouched = np.ones_like(idx, bool)
+    np.put_along_axis(untouched, where, False, 1)
+    assert (idx[untouched] == plain[untouched]).all(), 'other places are as they were'
+    shown = np.take_along_axis(idx, where, 1)
+    share = [(shown == META['mask_id']).mean(), (shown == targets).mean()]
+    assert abs(share[0] - 0.8) < 0.03 and abs(share[1] - 0.1) < 0.03, share  # 4000 places: standard error 0.006
+    assert np.bincount(where.ravel(), minlength=64).min() > 20, 'every place of the row is asked for'
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_masked_objective_scores_masked_places_alone(name):
+    """The loss of a batch is unchanged by the targets of other places, and its gradient at other logits is zero."""
+    module = __import__(f'model_{name}')
+    model = module.Model(module.Config(vocab_size=257, causal=False)).double()
+    idx, targets, where = map(torch.from_numpy, script.train_rows(DATA, 3, range(4), script.Settings(objective='masked'), 64, META))
+    _, loss = model(idx, targets, where=where)
+    logits = model(idx)[0].detach().requires_grad_()
+    everywhere = torch.full_like(idx, -1).scatter(1, where, targets)
+    by_hand = torch.nn.functional.cross_entropy(logits.flatten(0, 1), everywhere.flatten(), ignore_index=-1)
+    assert abs(loss.item() - by_hand.item()) < 1e-10
+    scored = torch.autograd.grad(by_hand, logits)[0].abs().sum(-1) > 0
+    assert (scored == (everywhere >= 0)).all() and scored.sum() == 4 * round(0.15 * 64)
+
+
+def test_validation_rows_are_fixed_spread_and_disjoint():
+    for objective in ('causal', 'masked'):
+        rows = lambda seed: script.val_rows(DATA, np.arange(10), 10, script.Settings(seed=seed, objective=objective), 64, META)
+        for a, b in zip(rows(1), rows(2)):
+            assert a is None or (a == b).all()
+    position = np.arange(5000, dtype=np.uint16)
+    idx = script.val_rows(position, np.arange(78), 78, script.Settings(), 64, META)[0]
+    assert len(np.unique(idx)) == idx.size and idx.max() > 4900, 'no token twice, and up to the end'
+
+
+def test_schedule():
+    s = script.Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
+    lr = [script.lr_at(i, s) for i in range(120)]
+    assert lr[0] == 0.1 and lr[9] == 1.0 and lr[10] == 1.0 and abs(lr[60] - 0.55) < 1e-9 and abs(lr[110] - 0.1) < 1e-9 and lr[119] == lr[110]
+    assert all(a >= b for a, b in zip(lr[10:], lr[11:]))
+
+
+# -- learning -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('objective', ['causal', 'masked'])
+@pytest.mark.parametrize('name', MODELS)
+def test_loss_falls(train, name, objective):
+    """60 steps: well under the log(257) = 5.5 of a blank model, and no warning on the way."""
+    train.train('--model', name, '--objective', objective, '--max_iters', 60, '--warmup_iters', 10, '--learning_rate', 5e-3, '--eval_interval', 30, '--eval_tokens', 20480)
+    out = train.folder / 'out' / f'{name}-{objective}-code'
+    losses = [float(v) for v, in log(out, 'val_loss') if v]
+    assert len(losses) == 3 and 5.3 < losses[0] < 6 and losses[1] < losses[0] - 1 and losses[2] < 3.6, losses
+    assert 'Warning' not in train.err
+    assert (out / 'loss.png').read_bytes()[:4] == b'\x89PNG'
+    bits = float(log(out, 'bits_per_byte')[-1][0])
+    assert abs(bits - losses[2] / math.log(2)) < 1e-4  # bytes: one token is one byte
+    assert 'left' in train.out and 'tokens/s' in train.out and f'python sample.py --out_dir out/{name}-{objective}-code' in train.out
+    assert json.loads((out / 'config.json').read_text())['causal'] == (objective == 'causal')
+    assert checkpoint(out, 'best')['step'] == 30 * losses.index(min(losses))
+
+
+def test_accumulation_changes_nothing_but_rounding(train):
+    for objective in ('causal', 'masked'):
+        for n, micro in enumerate((8, 2)):
+            train.train('--model', 'composite', '--objective', objective, '--max_iters', 5, '--micro_batch_size', micro, '--out_dir', f'{objective}{n}')
+        a, b = (tensors(checkpoint(train.folder / f'{objective}{n}')['model']) for n in (0, 1))
+        assert all(torch.allclose(x, y, atol=2e-5) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize('objective', ['causal', 'masked'])
+def test_two_processes_equal_one(train, objective):
+    words = ['--model', 'composite', '--objective', objective, '--max_iters', 6, '--eval_interval', 3, '--log_interval', 1]
+    train.train(*words, '--out_dir', 'one')
+    train('torchrun', '--nproc_per_node=2', 'train.py', *train.words, *words, '--micro_batch_size', 2, '--out_dir', 'two')
+    one, two = (checkpoint(train.folder / n) for n in ('one', 'two'))
+    for x, y in zip(tensors(one['model']), tensors(two['model']), strict=True):
+        assert torch.allclose(x, y, atol=2e-5)
+    for x, y in zip(log(train.folder / 'one', 'train_loss', 'val_loss', 'grad_norm'), log(train.folder / 'two', 'train_loss', 'val_loss', 'grad_norm'), strict=True):
+        assert all(a == b or abs(float(a) - float(b)) < 2e-4 for a, b in zip(x, y)), (x, y)
+    assert train.out.count('step     6/6  val loss') == 1, 'one process speaks'
+
+
+# -- stopping and going on ------------------------------------------------------------------------------------------------
+
+def wait_for(process, text):
+    """Read the output of a process up to a line that holds `text`."""
+    for line in process.stdout:
+        if text in line:
+            return line
+    raise AssertionError(f'{text!r} never came: {process.stderr.read()[-2000:]}')
+
+
+def test_killed_and_resumed_is_bit_for_bit_unbroken(train):
+    """SIGKILL at an arbitrary moment, twice; dropout on; weights, optimizer and log equal those of an unbroken run."""
+    words = ['--model', 'composite', '--max_iters', 40, '--dropout', 0.1, '--eval_interval', 20, '--checkpoint_interval', 7, '--log_interval', 5]
+    train.train(*words, '--out_dir', 'unbroken')
+    for moment in ('step    10/40', 'step    25/40'):
+        process = train.start_train(*words, '--out_dir', 'broken', '--resume')
+        wait_for(process, moment)
+        process.kill()
+        process.communicate()
+        assert checkpoint(train.folder / 'broken')['step'] < 40
+    train('train.py', '--resume', '--out_dir', 'broken')
+    a, b = (checkpoint(train.folder / n) for n in ('unbroken', 'broken'))
+    assert a['step'] == b['step'] == 40 and a['best'] == b['best']
+    for part in ('model', 'optimizer'):
+        assert all(torch.equal(x, y) for x, y in zip(tensors(a[part]), tensors(b[part]), strict=True))
+    assert log(train.folder / 'unbroken', 'step', 'train_loss', 'val_loss', 'grad_norm') == log(train.folder / 'broken', 'step', 'train_loss', 'val_loss', 'grad_norm')
+    assert not list((train.folder / 'broken').glob('*.tmp'))
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_says_how_to_go_on(train, number):
+    process = train.start_train('--model', 'nope', '--max_iters', 100000)
+    wait_for(process, 'step    10/')
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and 'Traceback' not in err
+    command = out.strip().splitlines()[-1].split('To go on: python ')[1].split()
+    step = checkpoint(train.folder / 'out/nope-causal-code')['step']
+    assert step >= 10
+    train(*command, '--max_iters', step + 3)
+    assert checkpoint(train.folder / 'out/nope-causal-code')['step'] == step + 3
+
+
+def test_signal_stops_all_processes(train):
+    process = train.start('torchrun', '--nproc_per_node=2', 'train.py', *train.words, '--model', 'nope', '--max_iters', 100000, '--out_dir', 'x')
+    wait_for(process, 'step    10/')
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert 'To go on' in out and checkpoint(train.folder / 'x')['step'] >= 10
+
+
+def test_restart_by_torchrun(train):
+    """A worker that dies is started again by torchrun --max-restarts and goes on from the checkpoint."""
+    process = train.start('torchrun', '--nproc_per_node=1', '--max-restarts=1', 'train.py', *train.words, '--model', 'nope',
+                          '--max_iters', 300, '--eval_interval', 100, '--checkpoint_interval', 10, '--resume', '--out_dir', 'x')
+    wait_for(process, 'step    50/')
+    worker = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+    for pid in worker:
+        os.kill(int(pid), signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and 'done' in out and checkpoint(train.folder / 'x')['step'] == 300
+    steps = [int(s) for s, t in log(train.folder / 'x', 'step', 'train_loss') if t]
+    assert steps == list(range(10, 301, 10))
+
+
+def test_nan_keeps_the_last_good_checkpoint(train):
+    train.train('--model', 'nope', '--learning_rate', 1e30, '--warmup_iters', 4, '--grad_clip', 0, '--max_iters', 50, '--checkpoint_interval', 1, code=1)
+    assert 'step' in train.err and '--learning_rate' in train.err and len(train.err.strip().splitlines()) == 1
+    kept = checkpoint(train.folder / 'out/nope-causal-code')
+    assert all(t.isfinite().all() for t in tensors(kept['model']))
+    assert str(kept['step'] + 1) in train.err.split(':')[1]
+
+
+def test_runs_never_overwrite_each_other(train):
+    short = ['--model', 'nope', '--max_iters', 1]
+    train.train(*short), train.train(*short), train.train(*short)
+    assert sorted(p.name for p in (train.folder / 'out').iterdir()) == ['nope-causal-code', 'nope-causal-code-2', 'nope-causal-code-3']
+    train.train(*short, '--out_dir', 'out/nope-causal-code', code=2)
+    assert '--resume' in train.err and '--overwrite' in train.err and len(train.err.splitlines()) == 1
+    train.train(*short, '--out_dir', 'out/nope-causal-code', '--overwrite', '--seed', 5)
+    assert json.loads((train.folder / 'out/nope-causal-code/config.json').read_text())['seed'] == 5
+    train.train('--model', 'nope', '--resume', '--max_iters', 2)  # the newest
+    assert checkpoint(train.folder / 'out/nope-causal-code')['step'] == 2
+    train.train('--model', 'nope', '--resume', '--n_layer', 3, code=2)
+    assert '--resume cannot change n_layer: it is 2' in train.err
+    assert checkpoint(train.folder / 'out/nope-causal-code')['step'] == 2
+
+
+def test_config_file_repeats_a_run(train):
+    train.train('--model', 'composite', '--kernel_size', 5, '--max_iters', 3, '--seed', 7)
+    first = train.folder / 'out/composite-causal-code'
+    train('train.py', '--config', first / 'config.json')
+    again = train.folder / 'out/composite-causal-code-2'
+    assert (first / 'config.json').read_text() == (again / 'config.json').read_text()
+    assert all(torch.equal(x, y) for x, y in zip(tensors(checkpoint(first)['model']), tensors(checkpoint(again)['model']), strict=True))
+    train('train.py', '--config', first / 'config.json', '--objective', 'masked', '--max_iters', 1)
+    masked = json.loads((train.folder / 'out/composite-masked-code/config.json').read_text())
+    assert masked['causal'] is False and masked['kernel_size'] == 5 and masked['max_iters'] == 1  # flags win
+
+
+def test_a_scheme_of_ones_own_is_one_file(train):
+    """README, "a scheme of your own": copy a model file, and train.py runs it. Here beside a copy of train.py."""
+    (train.folder / 'model_mine.py').write_text((REPO / 'model_nope.py').read_text().replace('init_std: float = 0.02', 'init_std: float = 0.03'))
+    (train.folder / 'train.py').write_text((REPO / 'train.py').read_text())
+    train(train.folder / 'train.py', *train.words, '--model', 'mine', '--max_iters', 1)
+    assert json.loads((train.folder / 'out/mine-causal-code/config.json').read_text())['init_std'] == 0.03
+
+
+def test_without_matplotlib(train):
+    (train.folder / 'matplotlib.py').write_text('raise ImportError')
+    (train.folder / 'sitecustomize.py').write_text('import importlib.util as u\nfind = u.find_spec\nu.find_spec = lambda n, *a: None if n == "matplotlib" else find(n, *a)\n')
+    train.train('--model', 'nope', '--max_iters', 1, PYTHONPATH=str(train.folder))
+    assert 'matplotlib is not installed' in train.out and not (train.folder / 'out/nope-causal-code/loss.png').exists()
+
+
+# -- wrong input ----------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    '--model nonsense': ['model_nonsense.py', 'composite, ', 'nope'],
+    '--preset huge': ["'huge'", 'tiny', 'gpt2'],
+    '--objective both': ["'both'", 'causal', 'masked'],
+    '--dtype float8': ["'float8'", 'bfloat16'],
+    '--max_iters many': ["'many'", 'int'],
+    '--learning_rate -1': ['--learning_rate', 'from 0', '-1'],
+    '--learning_rate nan': ['--learning_rate', 'nan'],
+    '--learning_rate inf': ['--learning_rate', 'inf'],
+    '--batch_size 0': ['--batch_size', 'from 1', '0'],
+    '--block_size 0': ['--block_size', 'from 1', '0'],
+    '--dropout 1.0': ['--dropout', 'from 0', '1.0'],
+    '--mask_prob 0': ['--mask_prob', '0'],
+    '--seed -3': ['--seed', '-3'],
+    '--batch_size 10 --micro_batch_size 4': ['--micro_batch_size', '10', '4'],
+    '--no-causal': ['--objective causal needs --causal'],
+    '--config missing.json': ['missing.json', 'No such file'],
+    '--learning-rate 1': ['unrecognized arguments: --learning-rate 1', '--help'],
+    '--nonsense': ['--nonsense', '--help'],
+}
+
+
+@pytest.mark.parametrize('words', REFUSED)
+def test_refused_at_once(words, capsys, monkeypatch, tmp_path):
+    """One line that says what is wrong and what is allowed, exit 2."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        script.resolve(words.split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1 and all(part in err for part in REFUSED[words]), err
+    assert not list(tmp_path.iterdir()), 'nothing was made'
+
+
+@pytest.mark.parametrize('text, parts', {
+    '{"n_layers": 2}': ["'n_layers'"], '{"n_layer": 2.5}': ['n_layer is 2.5', 'int'], '{"n_layer": true}': ['n_layer is True'],
+    '{"bias": 1}': ['bias is 1', 'bool'], '{"objective": "both"}': ["'both'", 'causal'], '[1]': ['JSON object'], '{': ['cannot be read'],
+    '{"model": "none"}': ['model_none.py']}.items())
+def test_refused_config_files(text, parts, capsys, tmp_path):
+    (tmp_path / 'c.json').write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        script.resolve(['--config', str(tmp_path / 'c.json')])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1 and all(part in err for part in parts), err
+
+
+@pytest.mark.parametrize('words, parts', [
+    ('--n_head 3', ['multiple of n_head', '32 with 3']),
+    ('--model composite --kernel_size 4', ['kernel_size must be odd', '4']),
+    ('--dataset nothere', ["'nothere'", 'python, shakespeare', '--path']),
+    ('--block_size 2000000', ['--block_size', 'under']),
+    ('--vocab_size 100', ['--vocab_size', '257']),
+    ('--device cuda', ['--device cuda', 'auto']),
+    ('--device tpu9', ['--device tpu9']),
+])
+def test_refused_by_the_real_command(train, words, parts):
+    if words == '--device cuda' and torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    train.train('--max_iters', 1, *words.split(), code=2)
+    assert len(train.err.splitlines()) == 1 and all(part in train.err for part in parts), train.err
+    assert not (train.folder / 'out').exists(), 'nothing was made'
+
+
+def test_refused_checkpoint(train):
+    train.train('--model', 'nope', '--max_iters', 1, '--out_dir', 'x')
+    (train.folder / 'x/ckpt_last.pt').write_bytes((train.folder / 'x/ckpt_last.pt').read_bytes()[:5000])
+    train('train.py', '--resume', '--out_dir', 'x', code=2)
+    assert 'ckpt_last.pt' in train.err and len(train.err.splitlines()) == 1
+
+
+# -- on a GPU -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.parametrize('name', MODELS)
+def test_on_a_gpu(train, name):
+    for objective in ('causal', 'masked'):
+        train.train('--model', name, '--objective', objective, '--max_iters', 20, '--device', 'cuda')
+        assert 'bfloat16, compile on' in train.out
+        losses = [float(v) for v, in log(train.folder / 'out' / f'{name}-{objective}-code', 'val_loss') if v]
+        assert losses[-1] < losses[0]

@@ -1,0 +1,530 @@
+"""
+Train any model_<name>.py as a causal or a masked language model, on a CPU, a GPU or many.
+
+    python train.py --model composite                                       # two CPU cores, about three minutes
+    python train.py --model composite --objective masked --dataset wikitext2
+    python train.py --resume --out_dir out/composite-causal-python          # goes on where that run stopped
+    torchrun --standalone --nproc_per_node=8 train.py --model nope --preset gpt2 --dataset fineweb-edu
+
+Every setting is a flag, and so is every field of the model's Config: python train.py --model composite --help.
+Flags win over --config FILE.json, which wins over --preset.
+"""
+import argparse
+import contextlib
+import csv
+import dataclasses
+import datetime
+import importlib
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, get_args, get_type_hints
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+
+
+@dataclasses.dataclass
+class Settings:
+    model: str = 'composite'  # trains model_<name>.py
+    objective: Literal['causal', 'masked'] = 'causal'  # predict the next token, or the masked ones
+    dataset: str = 'python'  # a folder of data_dir; prepare_data.py makes it when it is missing
+    data_dir: str = 'data'  # where prepared data sets are
+    seed: int = 1  # of the initial weights, and with the step's number of the batch
+    device: str = 'auto'  # auto (cuda > mps > cpu), cpu, cuda, cuda:N or mps
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16 where the GPU has it
+    compile: Literal['auto', 'on', 'off'] = 'auto'  # torch.compile; auto: on CUDA with Triton
+    max_iters: int = 1000  # optimizer steps
+    batch_size: int = 24  # sequences per optimizer step, over all processes and micro batches
+    micro_batch_size: int = 0  # sequences per forward pass of one process; 0: all its share of the batch at once
+    learning_rate: float = 3e-3  # peak of the schedule
+    min_lr: float = 0.0  # where the cosine ends
+    warmup_iters: int = 100  # steps of linear warm-up
+    weight_decay: float = 0.1  # on matrices and embeddings, not on vectors
+    beta1: float = 0.9  # AdamW's memory of the gradient
+    beta2: float = 0.95  # AdamW's memory of its square
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    mask_prob: float = 0.15  # share of each row that the masked objective predicts
+    eval_interval: int = 100  # steps between validations, each with a checkpoint before it
+    eval_tokens: int = 65536  # tokens of the validation set, always the same ones
+    log_interval: int = 10  # steps between log lines
+    checkpoint_interval: int = 0  # steps between further checkpoints; 0: none
+
+
+PRESETS = {
+    'tiny': {},  # the defaults: 4 layers x 128
+    'small': dict(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.1, batch_size=64, max_iters=5000,
+                  learning_rate=1e-3, eval_interval=250, eval_tokens=2 ** 18),
+    'gpt2': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=512, micro_batch_size=32, max_iters=20000,
+                 learning_rate=6e-4, warmup_iters=700, eval_interval=250, eval_tokens=2 ** 20),
+    # Chang et al.: BERT-small; a tenth of their 125k steps
+    'bert_small': dict(objective='masked', dataset='wikitext103', n_layer=12, n_head=4, n_embd=256, block_size=128, dropout=0.1,
+                       bias=True, batch_size=128, max_iters=12500, learning_rate=3e-4, warmup_iters=1000, weight_decay=0.01,
+                       beta2=0.999, eval_interval=500, eval_tokens=2 ** 18),
+    # Luo et al.: WikiText-103; a tenth of their 150k steps
+    'wikitext': dict(dataset='wikitext103', n_layer=6, n_head=8, n_embd=512, block_size=512, dropout=0.1, bias=True,
+                     batch_size=64, max_iters=15000, learning_rate=2e-3, warmup_iters=600, weight_decay=0.01, beta2=0.98,
+                     eval_interval=500, eval_tokens=2 ** 18),
+}
+# dense bf16 FLOP/s by name; an unknown GPU gets no MFU rather than a wrong one
+PEAK = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
+        'RTX 4090': 165e12, 'RTX 3090': 71e12}
+
+
+def die(message, code=2):
+    """One line on stderr, from one process of a machine, and out."""
+    if LOCAL_RANK == 0:
+        print(f'train.py: {message}', file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def say(*words):
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings: dataclass defaults < --preset < --config < flags
+
+LIMITS = {**dict.fromkeys(('batch_size', 'eval_interval', 'eval_tokens', 'log_interval', 'block_size', 'n_layer', 'n_head',
+                           'n_embd'), (1, math.inf)),
+          **dict.fromkeys(('seed', 'max_iters', 'micro_batch_size', 'warmup_iters', 'checkpoint_interval', 'learning_rate',
+                           'min_lr', 'weight_decay', 'grad_clip', 'init_std'), (0, math.inf)),
+          **dict.fromkeys(('dropout', 'beta1', 'beta2'), (0, 0.9999)), 'mask_prob': (1e-4, 1)}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and a flag for each field of a dataclass; the comment beside the field is its help."""
+
+    def error(self, message):
+        die(f'{message} (see python train.py --help)')
+
+    def add_fields(self, cls, title):
+        notes = dict(re.findall(r'^    (\w+):.*?  # (.*)$', inspect.getsource(cls), re.M))
+        group = self.add_argument_group(title)
+        for f in dataclasses.fields(cls):
+            kind = get_type_hints(cls)[f.name]
+            how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
+                   dict(choices=get_args(kind)) if get_args(kind) else dict(type=kind, metavar=kind.__name__))
+            note = f'{notes.get(f.name, "")} (default {f.default!r})'.replace('%', '%%')
+            group.add_argument('--' + f.name, default=argparse.SUPPRESS, help=note, **how)
+
+
+def load_model_file(name):
+    here = Path(__file__).resolve().parent
+    if not (here / f'model_{name}.py').is_file():
+        die(f'there is no model_{name}.py; --model may be {", ".join(sorted(p.stem[6:] for p in here.glob("model_*.py")))}')
+    return importlib.import_module(f'model_{name}')
+
+
+def read_config(path):
+    try:
+        values = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        die(f'--config {path} cannot be read: {e}')
+    return values if isinstance(values, dict) else die(f'--config {path} must hold a JSON object of settings')
+
+
+def newest_run(name):
+    """The newest of out/<name>, out/<name>-2, ... that holds a checkpoint, or None."""
+    runs = [p for p in Path('out').glob(f'{name}*/ckpt_last.pt') if re.fullmatch(rf'{re.escape(name)}(-\d+)?', p.parent.name)]
+    return str(max(runs, key=os.path.getmtime).parent) if runs else None
+
+
+def resolve(argv):
+    """Command line -> Settings, the model file, its Config, and the arguments that are no settings."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
+    parser.add_argument('--preset', choices=list(PRESETS), default='tiny', help='values that go together (default tiny)')
+    parser.add_argument('--config', metavar='FILE', help='settings that an earlier run wrote (its config.json)')
+    parser.add_argument('--out_dir', help='default out/<model>-<objective>-<dataset>, numbered -2, -3, ... when taken')
+    parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint of --out_dir, or of the newest such run')
+    parser.add_argument('--overwrite', action='store_true', help='delete the run that --out_dir holds')
+    parser.add_fields(Settings, 'training')
+    first = parser.parse_known_args(argv)[0]
+    if first.resume and first.out_dir and Path(first.out_dir, 'config.json').exists():
+        first.config = Path(first.out_dir, 'config.json')
+    file = read_config(first.config) if first.config else {}
+    values = {**dataclasses.asdict(Settings()), **PRESETS[first.preset], **file, **vars(first)}
+    module = load_model_file(values['model'])
+
+    parser.add_argument('-h', '--help', action='help', help='show this and exit')
+    parser.add_fields(module.Config, f'model_{values["model"]}.py')
+    flags = vars(parser.parse_args(argv))
+    other = {k: flags.pop(k) for k in ('preset', 'config', 'out_dir', 'resume', 'overwrite')}
+    file.pop('vocab_size', None)  # the data decides it, and the objective decides causal
+    if 'objective' in flags:
+        file.pop('causal', None)
+    kinds = {**get_type_hints(Settings), **get_type_hints(module.Config)}
+    for name, value in file.items():
+        allowed = get_args(kinds.get(name)) or kinds.get(name)
+        if allowed is None:
+            die(f'--config {first.config}: there is no setting {name!r} for model {values["model"]}')
+        if not (value in allowed if isinstance(allowed, tuple) else type(value) in ((int, float) if allowed is float else (allowed,))):
+            die(f'--config {first.config}: {name} is {value!r}; allowed: {allowed}')
+    values = {**dataclasses.asdict(Settings()), **dataclasses.asdict(module.Config()), 'vocab_size': 0,  # 0: as the data needs
+              **PRESETS[first.preset], **file, **flags}
+    if 'causal' not in {**file, **flags}:
+        values['causal'] = values['objective'] == 'causal'
+    for name, (low, high) in LIMITS.items():
+        if not low <= values[name] <= high or values[name] == math.inf:
+            die(f'--{name} must be from {low} to {high}, not {values[name]}')
+    if values['objective'] == 'causal' and not values['causal']:
+        die('--objective causal needs --causal: without the mask the model reads the answer')
+    if values['batch_size'] % WORLD:
+        die(f'--batch_size must be a multiple of the {WORLD} processes, not {values["batch_size"]}')
+    values['micro_batch_size'] = micro = min(values['micro_batch_size'] or values['batch_size'], values['batch_size'] // WORLD)
+    if values['batch_size'] // WORLD % micro:
+        die(f'--micro_batch_size must divide the {values["batch_size"] // WORLD} sequences of each process, not {micro}')
+    pick = lambda cls: cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})
+    s, other = pick(Settings), argparse.Namespace(**other)
+    if other.resume and not other.out_dir and (found := newest_run(f'{s.model}-{s.objective}-{s.dataset}')):
+        return resolve([*argv, '--out_dir', found])
+    return s, module, pick(module.Config), other
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: row r of step i is a function of (seed, i, r) alone, whoever asks for it
+
+def make_rows(data, starts, rngs, s, T, meta):
+    """Rows of T tokens at `starts` -> idx (B, T), targets and where: (B, T) and None causal, (B, M) and (B, M) masked."""
+    rows = np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64)  # (B, T+1)
+    idx = rows[:, :T]
+    if s.objective == 'causal':
+        return idx, rows[:, 1:].copy(), None
+    M = max(1, round(s.mask_prob * T))  # always the same number, so that shapes never change
+    where = np.stack([np.sort(rng.permutation(T)[:M]) for rng in rngs])
+    targets = np.take_along_axis(idx, where, 1)
+    dice = np.stack([rng.random(M) for rng in rngs])
+    noise = np.stack([rng.integers(meta['vocab_size'], size=M) for rng in rngs])
+    shown = np.where(dice < 0.8, meta['mask_id'], np.where(dice < 0.9, noise, targets))  # BERT's 80/10/10
+    np.put_along_axis(idx, where, shown, 1)
+    return idx, targets, where
+
+
+def train_rows(data, step, rows, s, T, meta):
+    rngs = [np.random.default_rng((s.seed, step, r)) for r in rows]
+    return make_rows(data, [rng.integers(len(data) - T) for rng in rngs], rngs, s, T, meta)
+
+
+def val_rows(data, rows, n, s, T, meta):
+    """Some of the n fixed rows, spread evenly over the validation set; their masks do not depend on the seed."""
+    starts = np.linspace(0, len(data) - T - 1, n).astype(int)
+    return make_rows(data, starts[rows], [np.random.default_rng((2 ** 32, r)) for r in rows], s, T, meta)
+
+
+def load_data(s, peers):
+    """-> meta.json as a dict, train and validation tokens as memory maps; prepares them first if they are missing."""
+    folder = Path(s.data_dir, s.dataset)
+    if RANK == 0 and not (folder / 'meta.json').exists():
+        import prepare_data
+        prepare_data.prepare(s.dataset, data_dir=s.data_dir)
+    any_process(False, peers)
+    if not (folder / 'meta.json').exists():
+        die(f'{folder} is missing on this machine: prepare it here too, or share the folder')
+    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+    return meta, *(np.memmap(folder / f'{part}.bin', dtype=meta['dtype'], mode='r') for part in ('train', 'val'))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def choose_device(s):
+    """-> torch.device, autocast dtype, whether to compile. Every choice is printed."""
+    best = f'cuda:{LOCAL_RANK}' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    name = best if s.device == 'auto' or (s.device == 'cuda' and best != 'cpu') else s.device
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        die(f'--device {s.device} cannot be used here (auto, which would be {best}, can): {str(e).splitlines()[0]}')
+    cuda = device.type == 'cuda'
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')
+    has_bf16 = cuda and torch.cuda.is_bf16_supported()
+    if s.dtype == 'bfloat16' and cuda and not has_bf16:
+        die('--dtype bfloat16 is not supported by this GPU; allowed: auto, float32')
+    dtype = torch.bfloat16 if s.dtype == 'bfloat16' or (s.dtype == 'auto' and has_bf16) else torch.float32
+    why = '' if s.compile != 'auto' else ' (no CUDA)' if not cuda else '' if find_spec('triton') else ' (no Triton)'
+    if s.compile == 'on' and not (find_spec('triton') if cuda else shutil.which('c++') or shutil.which('g++')):
+        die(f'--compile on needs {"Triton" if cuda else "a C++ compiler"}, which is not here; allowed: auto, off')
+    compiled = s.compile == 'on' or (s.compile == 'auto' and not why)
+    kind = torch.cuda.get_device_name(device) if cuda else f'{torch.get_num_threads()} threads'
+    say(f'device {device} ({kind}){f" x {WORLD} processes" * (WORLD > 1)}, {str(dtype)[6:]}, compile {"on" if compiled else "off" + why}')
+    return device, dtype, compiled
+
+
+def lr_at(step, s):
+    """Linear warm-up, then a cosine from learning_rate to min_lr."""
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / s.warmup_iters
+    t = (step - s.warmup_iters) / max(1, s.max_iters - s.warmup_iters)
+    return s.min_lr + (s.learning_rate - s.min_lr) * (1 + math.cos(math.pi * min(t, 1))) / 2
+
+
+def any_process(flag, peers):
+    """True on every process if `flag` is true on one; also keeps them in step. By gloo: no GPU is waited for."""
+    if WORLD == 1:
+        return flag
+    flag = torch.tensor(float(flag))
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=peers)
+    return flag.item() > 0
+
+
+def save(path, checkpoint):
+    """Written beside, flushed and renamed: a kill at any moment leaves the old file or the new one, whole."""
+    with open(f'{path}.tmp', 'wb') as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f'{path}.tmp', path)
+
+
+def open_run(s, other):
+    """-> the run's folder and its last checkpoint or None."""
+    name = f'{s.model}-{s.objective}-{s.dataset}'
+    out = Path(other.out_dir or Path('out', name))
+    last = out / 'ckpt_last.pt'
+    if other.resume:
+        if last.exists():
+            try:
+                return out, torch.load(last, map_location='cpu', weights_only=True)
+            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
+                die(f'{last} is not a checkpoint of train.py, or damaged: {str(e).splitlines()[0]}')
+        say(f'no checkpoint in {out}: starting from step 0')
+    elif other.out_dir and other.overwrite:
+        for file in ('config.json', 'log.csv', 'loss.png', 'ckpt_last.pt', 'ckpt_best.pt'):
+            if RANK == 0:
+                (out / file).unlink(missing_ok=True)
+    elif other.out_dir and (out / 'config.json').exists():
+        die(f'{out} holds a run: add --resume to go on with it, --overwrite to delete it, or name another --out_dir')
+    n = 1
+    while not other.out_dir and (out / 'config.json').exists():
+        n += 1
+        out = Path('out', f'{name}-{n}')
+    return out, None
+
+
+COLUMNS = ('step', 'train_loss', 'val_loss', 'bits_per_byte', 'lr', 'grad_norm', 'ms', 'tokens_per_s')
+
+
+def start_log(path, step):
+    """Write the header, or cut an existing log.csv back to what was logged before the checkpoint of `step`."""
+    rows = []
+    if path.exists() and step:
+        with open(path, newline='', encoding='utf-8') as f:
+            rows = [r for r in csv.DictReader(f) if int(r['step']) < step or (int(r['step']) == step and r['train_loss'])]
+    with open(path, 'w', newline='', encoding='utf-8') as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def log(out, **row):
+    with open(out / 'log.csv', 'a', newline='', encoding='utf-8') as f:
+        csv.DictWriter(f, COLUMNS).writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
+
+
+def plot(out):
+    """log.csv -> loss.png."""
+    if not find_spec('matplotlib'):
+        return say('no loss.png: matplotlib is not installed')
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    rows = list(csv.DictReader(open(out / 'log.csv', encoding='utf-8')))
+    fig, ax = plt.subplots(figsize=(7, 4))
+    for key, style in (('train_loss', dict(lw=1, alpha=0.6)), ('val_loss', dict(marker='o', ms=3))):
+        ax.plot(*zip(*[(int(r['step']), float(r[key])) for r in rows if r[key]]), label=key.replace('_', ' '), **style)
+    ax.set(xlabel='step', ylabel='loss (nats per token)', title=out.name)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(out / 'loss.png', dpi=120, bbox_inches='tight')
+
+
+@torch.no_grad()
+def evaluate(model, forward, val, s, T, meta):
+    """Mean loss of the fixed validation rows, shared out among the processes; what fills the last batch does not count."""
+    n = min(max(1, s.eval_tokens // T), (len(val) - 1) // T)
+    total = torch.zeros(2, dtype=torch.float64)  # sum of the losses, number of predictions
+    model.eval()
+    for first in range(RANK * s.micro_batch_size, n, WORLD * s.micro_batch_size):
+        rows = np.arange(first, first + s.micro_batch_size)
+        idx, targets, where = val_rows(val, np.minimum(rows, n - 1), n, s, T, meta)
+        targets[rows >= n] = -1
+        count = (targets >= 0).sum()
+        total += torch.tensor((forward(model, idx, targets, where).item() * count, count))
+    model.train()
+    if WORLD > 1:
+        total = total.to(next(model.parameters()).device)
+        dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def main():
+    s, module, config, other = resolve(sys.argv[1:])
+    peers = None
+    if WORLD > 1:
+        dist.init_process_group('nccl' if torch.cuda.is_available() and s.device != 'cpu' else 'gloo')
+        peers = dist.new_group(backend='gloo', timeout=datetime.timedelta(days=1))  # others wait while one prepares the data
+    device, dtype, compiled = choose_device(s)
+    meta, train, val = load_data(s, peers)
+    need, T = max(meta['vocab_size'], meta['mask_id'] + 1), config.block_size
+    config.vocab_size = config.vocab_size or -(-need // 64) * 64
+    if config.vocab_size < need:
+        die(f'--vocab_size must be at least {need} for {s.dataset}, not {config.vocab_size}')
+    if min(len(train), len(val)) <= T:
+        die(f'--block_size must be under {min(len(train), len(val))}, the tokens in a part of {s.dataset}, not {T}')
+
+    torch.manual_seed(s.seed)
+    try:
+        raw = module.Model(config).to(device)  # saved and loaded; `model` is the same one, compiled
+    except ValueError as e:
+        die(e)
+    model = torch.compile(raw, dynamic=False) if compiled else raw
+    ddp = model
+    if WORLD > 1:
+        ddp = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
+    groups = [[p for p in raw.parameters() if p.dim() >= 2], [p for p in raw.parameters() if p.dim() < 2]]
+    optimizer = torch.optim.AdamW([dict(params=g) for g in groups])
+
+    out, checkpoint = open_run(s, other)
+    step, best, window = 0, math.inf, []  # steps done, best validation loss, training losses since the last log line
+    if checkpoint:
+        for name, old in checkpoint['config'].items():
+            if getattr(config, name, None) != old:
+                die(f'--resume cannot change {name}: it is {old} in {out}, not {getattr(config, name, None)}')
+        for name, old in checkpoint['settings'].items():
+            if getattr(s, name) != old:
+                say(f'changed on resume: {name} {old} -> {getattr(s, name)}')
+        raw.load_state_dict(checkpoint['model'])
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        step, best, window = checkpoint['step'], checkpoint['best'], checkpoint['window']
+    for group, decay in zip(optimizer.param_groups, (s.weight_decay, 0.0)):
+        group.update(betas=(s.beta1, s.beta2), weight_decay=decay, fused=device.type == 'cuda')
+    any_process(False, peers)  # every process has looked at the folder before one writes there
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        settings = {**dataclasses.asdict(s), **dataclasses.asdict(config)}
+        (out / 'config.json').write_text(json.dumps(settings, indent=1) + '\n', encoding='utf-8')
+        start_log(out / 'log.csv', step)
+    params = sum(p.numel() for p in raw.parameters())
+    say(f'{s.model}, {s.objective}, {s.dataset} ({len(train):,} tokens): {params / 1e6:.2f}M parameters, run {out}')
+    say('settings: ' + ', '.join(f'{k} {v}' for k, v in {**dataclasses.asdict(s), **dataclasses.asdict(config)}.items()))
+
+    share = s.batch_size // WORLD  # sequences of this process in a batch
+    flops = 6 * params + 12 * config.n_layer * config.n_embd * T  # of one token, forward and backward
+    peak = next((v for k, v in PEAK.items() if device.type == 'cuda' and k in torch.cuda.get_device_name(device)), None)
+    bits = meta['val_tokens'] / meta['val_bytes'] / math.log(2)  # bits per byte = nats per token * bits
+    pending, signals = [], []
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda number, _: signals.append(number))
+
+    def forward(model, idx, targets, where):
+        to = lambda a: None if a is None else torch.from_numpy(a).to(device, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return model(to(idx), to(targets), where=to(where))[1]
+
+    def settle():
+        """Move losses from the device to `window`; a loss or gradient that is no number ends the run before it is saved."""
+        if not pending:
+            return
+        values = torch.stack(pending)  # (steps, 2)
+        if WORLD > 1:
+            dist.all_reduce(values)
+        values = (values / WORLD).tolist()
+        for i, (loss, norm) in enumerate(values):
+            if not math.isfinite(loss + norm):
+                die(f'step {step - len(values) + i + 1}: loss {loss}, gradient norm {norm}. The last good checkpoint is kept: {out / "ckpt_last.pt"}. '
+                    f'Try a lower --learning_rate, a longer --warmup_iters, --grad_clip, or --dtype float32', 1)
+        window.extend(loss for loss, _ in values)
+        pending.clear()
+        return values[-1][1]
+
+    def snapshot():
+        return dict(step=step, best=best, window=window, model=raw.state_dict(), optimizer=optimizer.state_dict(),
+                    config=dataclasses.asdict(config), settings=dataclasses.asdict(s), meta=meta)
+
+    first, began, mark = step, time.time(), (step, time.time())
+    while True:
+        stop, done = any_process(bool(signals), peers), step >= s.max_iters
+        due = done or step % s.eval_interval == 0
+        if due or stop or (s.checkpoint_interval and step % s.checkpoint_interval == 0):
+            settle()
+            if RANK == 0:
+                save(out / 'ckpt_last.pt', snapshot())
+        if stop:
+            say(f'stopped after step {step}, saved. To go on: python train.py --resume --out_dir {out}')
+            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+        if due:
+            loss = evaluate(model, forward, val, s, T, meta)
+            say(f'step {step:5d}/{s.max_iters}  val loss {loss:.4f} nats per {"token" if s.objective == "causal" else "masked token"}, '
+                f'{loss * bits:.4f} bits per byte, perplexity {math.exp(min(loss, 99)):.2f}{"  (best)" * (loss < best)}')
+            if RANK == 0:
+                log(out, step=step, val_loss=loss, bits_per_byte=loss * bits)
+                if loss < best:
+                    best = loss
+                    save(out / 'ckpt_best.pt', snapshot())
+            best = min(best, loss)
+            mark = (step, time.time())
+        if done:
+            break
+
+        torch.manual_seed(s.seed * 2 ** 32 + step * WORLD + RANK)  # dropout too is a function of (seed, step)
+        for group in optimizer.param_groups:
+            group['lr'] = lr_at(step, s)
+        total = 0.0
+        for i in range(0, share, s.micro_batch_size):
+            last = i + s.micro_batch_size >= share
+            with contextlib.nullcontext() if last or WORLD == 1 else ddp.no_sync():  # gradients are exchanged once a step
+                rows = range(RANK * share + i, RANK * share + i + s.micro_batch_size)
+                loss = forward(ddp, *train_rows(train, step, rows, s, T, meta)) * (s.micro_batch_size / share)
+                loss.backward()
+            total = total + loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), s.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        pending.append(torch.stack((total, norm)))
+        step += 1
+
+        if step % s.log_interval == 0 or step == first + 1:
+            norm, now = settle(), time.time()
+            ms, loss = (now - mark[1]) / (step - mark[0]) * 1e3, sum(window) / len(window)
+            speed = s.batch_size * T / ms * 1e3
+            mfu = f'  MFU {speed * flops / peak / WORLD:.0%}' if peak and dtype == torch.bfloat16 else ''
+            left = datetime.timedelta(seconds=round((now - began) / (step - first) * (s.max_iters - step)))
+            say(f'step {step:5d}/{s.max_iters}  loss {loss:.4f}  lr {lr_at(step - 1, s):.2e}  norm {norm:.2f}  '
+                f'{ms:.1f} ms  {speed:,.0f} tokens/s{mfu}  {left} left')
+            if step % s.log_interval == 0:
+                if RANK == 0:
+                    log(out, step=step, train_loss=loss, lr=lr_at(step - 1, s), grad_norm=norm, ms=ms, tokens_per_s=speed)
+                window.clear()
+                mark = (step, now)
+
+    if RANK == 0:
+        plot(out)
+        say(f'done: best val loss {best:.4f}, {best * bits:.4f} bits per byte. Now try: python sample.py --out_dir {out}')
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except torch.OutOfMemoryError as e:
+        die(f'out of GPU memory: try --micro_batch_size 1, 2, 4, ... (the curve stays the same). {str(e).splitlines()[0]}', 1)
+    except OSError as e:
+        die(e, 1)  # a full disk, a folder that may not be written
+    except KeyboardInterrupt:
+        sys.exit(130)

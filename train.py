@@ -98,13 +98,6 @@ def say(*words):
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: dataclass defaults < --preset < --config < flags
 
-LIMITS = {**dict.fromkeys(('batch_size', 'eval_interval', 'eval_tokens', 'log_interval', 'block_size', 'n_layer', 'n_head',
-                           'n_embd'), (1, math.inf)),
-          **dict.fromkeys(('seed', 'max_iters', 'micro_batch_size', 'warmup_iters', 'checkpoint_interval', 'learning_rate',
-                           'min_lr', 'weight_decay', 'grad_clip', 'init_std'), (0, math.inf)),
-          **dict.fromkeys(('dropout', 'beta1', 'beta2'), (0, 0.9999)), 'mask_prob': (1e-4, 1)}
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and a flag for each field of a dataclass; the comment beside the field is its help."""
 
@@ -135,6 +128,22 @@ def read_config(path):
     except (OSError, ValueError) as e:
         die(f'--config {path} cannot be read: {e}')
     return values if isinstance(values, dict) else die(f'--config {path} must hold a JSON object of settings')
+
+
+def check(values):
+    """Refuse numbers that make no sense, before anything is made."""
+    share = values['batch_size'] // WORLD
+    for name, v in values.items():
+        low = 1 if name in ('batch_size', 'eval_interval', 'eval_tokens', 'log_interval', 'block_size', 'n_layer', 'n_head', 'n_embd') else 0
+        high = 0.9999 if name in ('dropout', 'beta1', 'beta2') else 1 if name == 'mask_prob' else 2 ** 31
+        if isinstance(v, (int, float)) and not low <= v <= high or (name == 'mask_prob' and v == 0):
+            die(f'--{name} must be from {low} to {high}, not {v}')
+    if values['objective'] == 'causal' and not values['causal']:
+        die('--objective causal needs --causal: without the mask the model reads the answer')
+    if values['batch_size'] % WORLD:
+        die(f'--batch_size must be a multiple of the {WORLD} processes, not {values["batch_size"]}')
+    if values['micro_batch_size'] and share % min(share, values['micro_batch_size']):
+        die(f'--micro_batch_size must divide the {share} sequences of each process, not {values["micro_batch_size"]}')
 
 
 def newest_run(name):
@@ -177,16 +186,7 @@ def resolve(argv):
               **PRESETS[first.preset], **file, **flags}
     if 'causal' not in {**file, **flags}:
         values['causal'] = values['objective'] == 'causal'
-    for name, (low, high) in LIMITS.items():
-        if not low <= values[name] <= high or values[name] == math.inf:
-            die(f'--{name} must be from {low} to {high}, not {values[name]}')
-    if values['objective'] == 'causal' and not values['causal']:
-        die('--objective causal needs --causal: without the mask the model reads the answer')
-    if values['batch_size'] % WORLD:
-        die(f'--batch_size must be a multiple of the {WORLD} processes, not {values["batch_size"]}')
-    values['micro_batch_size'] = micro = min(values['micro_batch_size'] or values['batch_size'], values['batch_size'] // WORLD)
-    if values['batch_size'] // WORLD % micro:
-        die(f'--micro_batch_size must divide the {values["batch_size"] // WORLD} sequences of each process, not {micro}')
+    check(values)
     pick = lambda cls: cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})
     s, other = pick(Settings), argparse.Namespace(**other)
     if other.resume and not other.out_dir and (found := newest_run(f'{s.model}-{s.objective}-{s.dataset}')):
@@ -332,6 +332,8 @@ def start_log(path, step):
 
 
 def log(out, **row):
+    if RANK:
+        return
     with open(out / 'log.csv', 'a', newline='', encoding='utf-8') as f:
         csv.DictWriter(f, COLUMNS).writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()})
 
@@ -354,13 +356,13 @@ def plot(out):
 
 
 @torch.no_grad()
-def evaluate(model, forward, val, s, T, meta):
+def evaluate(model, forward, val, s, micro, T, meta):
     """Mean loss of the fixed validation rows, shared out among the processes; what fills the last batch does not count."""
     n = min(max(1, s.eval_tokens // T), (len(val) - 1) // T)
     total = torch.zeros(2, dtype=torch.float64)  # sum of the losses, number of predictions
     model.eval()
-    for first in range(RANK * s.micro_batch_size, n, WORLD * s.micro_batch_size):
-        rows = np.arange(first, first + s.micro_batch_size)
+    for first in range(RANK * micro, n, WORLD * micro):
+        rows = np.arange(first, first + micro)
         idx, targets, where = val_rows(val, np.minimum(rows, n - 1), n, s, T, meta)
         targets[rows >= n] = -1
         count = (targets >= 0).sum()
@@ -372,13 +374,25 @@ def evaluate(model, forward, val, s, T, meta):
     return (total[0] / total[1]).item()
 
 
+def restore(checkpoint, out, config, s, raw, optimizer):
+    """Put a checkpoint into model and optimizer; say which settings have changed, refuse another architecture."""
+    for name, old in checkpoint['config'].items():
+        if getattr(config, name, None) != old:
+            die(f'--resume cannot change {name}: it is {old} in {out}, not {getattr(config, name, None)}')
+    for name, old in checkpoint['settings'].items():
+        if getattr(s, name) != old:
+            say(f'changed on resume: {name} {old} -> {getattr(s, name)}')
+    raw.load_state_dict(checkpoint['model'])
+    optimizer.load_state_dict(checkpoint['optimizer'])
+
+
 def main():
     s, module, config, other = resolve(sys.argv[1:])
+    device, dtype, compiled = choose_device(s)
     peers = None
     if WORLD > 1:
-        dist.init_process_group('nccl' if torch.cuda.is_available() and s.device != 'cpu' else 'gloo')
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         peers = dist.new_group(backend='gloo', timeout=datetime.timedelta(days=1))  # others wait while one prepares the data
-    device, dtype, compiled = choose_device(s)
     meta, train, val = load_data(s, peers)
     need, T = max(meta['vocab_size'], meta['mask_id'] + 1), config.block_size
     config.vocab_size = config.vocab_size or -(-need // 64) * 64
@@ -389,72 +403,68 @@ def main():
 
     torch.manual_seed(s.seed)
     try:
-        raw = module.Model(config).to(device)  # saved and loaded; `model` is the same one, compiled
+        raw = module.Model(config).to(device)  # this one is saved; `model` is the same, compiled, and `ddp` the same on many
     except ValueError as e:
         die(e)
     model = torch.compile(raw, dynamic=False) if compiled else raw
     ddp = model
     if WORLD > 1:
         ddp = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
-    groups = [[p for p in raw.parameters() if p.dim() >= 2], [p for p in raw.parameters() if p.dim() < 2]]
-    optimizer = torch.optim.AdamW([dict(params=g) for g in groups])
-
+    optimizer = torch.optim.AdamW([dict(params=[p for p in raw.parameters() if p.dim() >= 2]),
+                                   dict(params=[p for p in raw.parameters() if p.dim() < 2])])
     out, checkpoint = open_run(s, other)
     step, best, window = 0, math.inf, []  # steps done, best validation loss, training losses since the last log line
     if checkpoint:
-        for name, old in checkpoint['config'].items():
-            if getattr(config, name, None) != old:
-                die(f'--resume cannot change {name}: it is {old} in {out}, not {getattr(config, name, None)}')
-        for name, old in checkpoint['settings'].items():
-            if getattr(s, name) != old:
-                say(f'changed on resume: {name} {old} -> {getattr(s, name)}')
-        raw.load_state_dict(checkpoint['model'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        restore(checkpoint, out, config, s, raw, optimizer)
         step, best, window = checkpoint['step'], checkpoint['best'], checkpoint['window']
     for group, decay in zip(optimizer.param_groups, (s.weight_decay, 0.0)):
         group.update(betas=(s.beta1, s.beta2), weight_decay=decay, fused=device.type == 'cuda')
-    any_process(False, peers)  # every process has looked at the folder before one writes there
+
+    any_process(False, peers)  # all have looked at the folder before one writes there
+    settings = {**dataclasses.asdict(s), **dataclasses.asdict(config)}
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        settings = {**dataclasses.asdict(s), **dataclasses.asdict(config)}
         (out / 'config.json').write_text(json.dumps(settings, indent=1) + '\n', encoding='utf-8')
         start_log(out / 'log.csv', step)
     params = sum(p.numel() for p in raw.parameters())
     say(f'{s.model}, {s.objective}, {s.dataset} ({len(train):,} tokens): {params / 1e6:.2f}M parameters, run {out}')
-    say('settings: ' + ', '.join(f'{k} {v}' for k, v in {**dataclasses.asdict(s), **dataclasses.asdict(config)}.items()))
+    say('settings: ' + ', '.join(f'{k} {v}' for k, v in settings.items()))
 
     share = s.batch_size // WORLD  # sequences of this process in a batch
+    micro = min(s.micro_batch_size or share, share)
+    unit = 'token' if s.objective == 'causal' else 'masked token'
+    bits = meta['val_tokens'] / meta['val_bytes'] / math.log(2)  # bits per byte = nats per token * bits
     flops = 6 * params + 12 * config.n_layer * config.n_embd * T  # of one token, forward and backward
     peak = next((v for k, v in PEAK.items() if device.type == 'cuda' and k in torch.cuda.get_device_name(device)), None)
-    bits = meta['val_tokens'] / meta['val_bytes'] / math.log(2)  # bits per byte = nats per token * bits
     pending, signals = [], []
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda number, _: signals.append(number))
 
     def forward(model, idx, targets, where):
-        to = lambda a: None if a is None else torch.from_numpy(a).to(device, non_blocking=True)
+        to = lambda a: None if a is None else torch.from_numpy(a).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             return model(to(idx), to(targets), where=to(where))[1]
 
     def settle():
-        """Move losses from the device to `window`; a loss or gradient that is no number ends the run before it is saved."""
+        """Fetch losses and gradient norms from the device; one that is no number ends the run before it is saved."""
         if not pending:
-            return
+            return None
         values = torch.stack(pending)  # (steps, 2)
         if WORLD > 1:
             dist.all_reduce(values)
         values = (values / WORLD).tolist()
         for i, (loss, norm) in enumerate(values):
             if not math.isfinite(loss + norm):
-                die(f'step {step - len(values) + i + 1}: loss {loss}, gradient norm {norm}. The last good checkpoint is kept: {out / "ckpt_last.pt"}. '
-                    f'Try a lower --learning_rate, a longer --warmup_iters, --grad_clip, or --dtype float32', 1)
+                die(f'loss {loss}, gradient norm {norm} at step {step - len(values) + i + 1}; {out / "ckpt_last.pt"} is the last good '
+                    'checkpoint. Try a lower --learning_rate, a longer --warmup_iters, --grad_clip, or --dtype float32', 1)
         window.extend(loss for loss, _ in values)
         pending.clear()
-        return values[-1][1]
+        return norm
 
-    def snapshot():
-        return dict(step=step, best=best, window=window, model=raw.state_dict(), optimizer=optimizer.state_dict(),
-                    config=dataclasses.asdict(config), settings=dataclasses.asdict(s), meta=meta)
+    def save_as(name):
+        if RANK == 0:
+            save(out / name, dict(step=step, best=best, window=window, model=raw.state_dict(), optimizer=optimizer.state_dict(),
+                                  config=dataclasses.asdict(config), settings=dataclasses.asdict(s), meta=meta))
 
     first, began, mark = step, time.time(), (step, time.time())
     while True:
@@ -462,21 +472,18 @@ def main():
         due = done or step % s.eval_interval == 0
         if due or stop or (s.checkpoint_interval and step % s.checkpoint_interval == 0):
             settle()
-            if RANK == 0:
-                save(out / 'ckpt_last.pt', snapshot())
+            save_as('ckpt_last.pt')  # before the evaluation: whatever happens there, the training is kept
         if stop:
             say(f'stopped after step {step}, saved. To go on: python train.py --resume --out_dir {out}')
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
         if due:
-            loss = evaluate(model, forward, val, s, T, meta)
-            say(f'step {step:5d}/{s.max_iters}  val loss {loss:.4f} nats per {"token" if s.objective == "causal" else "masked token"}, '
-                f'{loss * bits:.4f} bits per byte, perplexity {math.exp(min(loss, 99)):.2f}{"  (best)" * (loss < best)}')
-            if RANK == 0:
-                log(out, step=step, val_loss=loss, bits_per_byte=loss * bits)
-                if loss < best:
-                    best = loss
-                    save(out / 'ckpt_best.pt', snapshot())
-            best = min(best, loss)
+            loss = evaluate(model, forward, val, s, micro, T, meta)
+            say(f'step {step:5d}/{s.max_iters}  val loss {loss:.4f} nats per {unit}, {loss * bits:.4f} bits per byte, '
+                f'perplexity {math.exp(min(loss, 99)):.2f}{"  (best)" * (loss < best)}')
+            log(out, step=step, val_loss=loss, bits_per_byte=loss * bits)
+            if loss < best:
+                best = loss
+                save_as('ckpt_best.pt')
             mark = (step, time.time())
         if done:
             break
@@ -485,11 +492,10 @@ def main():
         for group in optimizer.param_groups:
             group['lr'] = lr_at(step, s)
         total = 0.0
-        for i in range(0, share, s.micro_batch_size):
-            last = i + s.micro_batch_size >= share
-            with contextlib.nullcontext() if last or WORLD == 1 else ddp.no_sync():  # gradients are exchanged once a step
-                rows = range(RANK * share + i, RANK * share + i + s.micro_batch_size)
-                loss = forward(ddp, *train_rows(train, step, rows, s, T, meta)) * (s.micro_batch_size / share)
+        for i in range(0, share, micro):
+            rows = range(RANK * share + i, RANK * share + i + micro)
+            with ddp.no_sync() if WORLD > 1 and i + micro < share else contextlib.nullcontext():  # exchange gradients once
+                loss = forward(ddp, *train_rows(train, step, rows, s, T, meta)) * (micro / share)
                 loss.backward()
             total = total + loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), s.grad_clip or math.inf)
@@ -507,14 +513,13 @@ def main():
             say(f'step {step:5d}/{s.max_iters}  loss {loss:.4f}  lr {lr_at(step - 1, s):.2e}  norm {norm:.2f}  '
                 f'{ms:.1f} ms  {speed:,.0f} tokens/s{mfu}  {left} left')
             if step % s.log_interval == 0:
-                if RANK == 0:
-                    log(out, step=step, train_loss=loss, lr=lr_at(step - 1, s), grad_norm=norm, ms=ms, tokens_per_s=speed)
+                log(out, step=step, train_loss=loss, lr=lr_at(step - 1, s), grad_norm=norm, ms=ms, tokens_per_s=speed)
                 window.clear()
                 mark = (step, now)
 
     if RANK == 0:
         plot(out)
-        say(f'done: best val loss {best:.4f}, {best * bits:.4f} bits per byte. Now try: python sample.py --out_dir {out}')
+    say(f'done: best val loss {best:.4f} nats per {unit}, {best * bits:.4f} bits per byte. Now try: python sample.py --out_dir {out}')
     if WORLD > 1:
         dist.destroy_process_group()
 

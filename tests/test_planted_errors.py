@@ -1,0 +1,70 @@
+"""The equalities can fail: plant one error at a time in a copy of the model files, and test_equivalence.py turns red.
+
+    python tests/test_planted_errors.py    # the table: error, and the first row that catches it
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+ALL, COMPOSITE = 'model_nope.py model_composite.py', 'model_composite.py'
+ERRORS = {  # what: (files, right, wrong); the right text stands exactly once in each of the files
+    'offset mirrored': (COMPOSITE, 'rows = torch.cat((first', 'kernel, first, last = kernel.flip(-1), last, first\n    rows = torch.cat((first'),
+    'offset off by one': (COMPOSITE, 'left, right = T - 1 + past - k, n - past - k', 'left, right = T + past - k, n - past - k - 1'),
+    'clip dropped: nothing beyond the kernel': (COMPOSITE, 'first.expand(*first.shape[:-1], max(left, 0))', 'first.expand(*first.shape[:-1], max(left, 0)) * 0'),
+    'clip dropped on the right': (COMPOSITE, 'last.expand(*last.shape[:-1], max(right, 0))', 'last.expand(*last.shape[:-1], max(right, 0)) * 0'),
+    'scale of the content dropped': (COMPOSITE, ' / math.sqrt(q.size(-1))  # (B', '  # (B'),
+    'scale of the query-made kernel dropped': (COMPOSITE, 'q @ self.dynamic.T * scale', 'q @ self.dynamic.T'),
+    'scale of the key-made kernel dropped': (COMPOSITE, 'k @ self.dynamic_key.T * scale', 'k @ self.dynamic_key.T'),
+    'fixed kernel scaled': (COMPOSITE, 'table + self.fixed[:, None]', 'table + self.fixed[:, None] * scale'),
+    'heads of the fixed kernel mixed up': (COMPOSITE, 'table + self.fixed[:, None]', 'table + self.fixed.roll(1, 0)[:, None]'),
+    'kernel made by the keys instead of the queries': (COMPOSITE, 'q @ self.dynamic.T', 'k[:, :, -T:] @ self.dynamic.T'),
+    'key-made kernel not mirrored': (COMPOSITE, 'spread(key_table, T - S, T)', 'spread(key_table.flip(-1), T - S, T)'),
+    'key-made kernel on the wrong axis': (COMPOSITE, 'spread(key_table, T - S, T).transpose(-2, -1)', 'spread(key_table[:, :, -T:], S - T, S)'),
+    'key-made kernel made by the queries': (COMPOSITE, 'k @ self.dynamic_key.T', 'F.pad(q, (0, 0, k.size(2) - T, 0)) @ self.dynamic_key.T'),
+    'content kept when switched off': (COMPOSITE, 'q = torch.zeros_like(q)', 'pass'),
+    'softmax over the queries': (COMPOSITE, '.softmax(-1)\n', '.softmax(-2)\n'),
+    'query and key exchanged': (ALL, 'q, k, v = (t.view', 'k, q, v = (t.view'),
+    'heads split along time': (ALL, 't.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)', 't.reshape(B, self.n_head, T, C // self.n_head)'),
+    'one token of the future seen': (ALL, 'see = j <= i if causal', 'see = j <= i + 1 if causal'),
+    'causal mask dropped': ('model_nope.py', 'is_causal=self.causal)', 'is_causal=False)'),
+    'causal mask kept for both sides': ('model_nope.py', 'is_causal=self.causal)', 'is_causal=True)'),
+    'padding seen': (ALL, 'see & (valid[:, None, None, :] | (i == j))', 'see & (valid[:, None, None, :] | (i >= j))'),
+    'padding hides the queries instead of the keys': (ALL, 'valid[:, None, None, :]', 'valid[:, None, -T:, None]'),
+    'decoding: mask starts at zero': (ALL, 'i = torch.arange(S - T, S, device=device)', 'i = torch.arange(T, device=device)'),
+    'decoding: kernel starts at zero': (COMPOSITE, 'spread(table, S - T, S)', 'spread(table, 0, S)'),
+    'decoding: the past comes last': (ALL, 'torch.cat((state[name], t), dim)', 'torch.cat((t, state[name]), dim)'),
+    'decoding: absolute positions start again': (ALL, 'self.wpe.weight[past:past + T]', 'self.wpe.weight[:T]'),
+    'predicted places off by one': (ALL, 'where[..., None].expand', '(where[..., None] - 1).clamp(min=0).expand'),
+}
+
+
+def plant(what, folder):
+    """Run the equalities on a copy that has one error -> exit status and the first row that fails."""
+    files, right, wrong = ERRORS[what]
+    for path in [*REPO.glob('model_*.py'), REPO / 'test_equivalence.py']:
+        shutil.copy(path, folder)
+    for name in files.split():
+        text = (Path(folder) / name).read_text(encoding='utf-8')
+        assert text.count(right) == 1, f'{right!r} stands {text.count(right)} times in {name}: the table of errors is out of date'
+        (Path(folder) / name).write_text(text.replace(right, wrong), encoding='utf-8')
+    done = subprocess.run([sys.executable, 'test_equivalence.py'], cwd=folder, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    return done.returncode, next((line for line in done.stdout.splitlines() if line.endswith('FAIL')), done.stdout[-300:] + done.stderr[-600:])
+
+
+@pytest.mark.parametrize('what', ERRORS)
+def test_planted_error_is_caught(what, tmp_path):
+    code, row = plant(what, tmp_path)
+    assert code == 1 and row.endswith('FAIL'), f'{what}: not caught\n{row}'
+
+
+if __name__ == '__main__':
+    for what in ERRORS:
+        with tempfile.TemporaryDirectory() as folder:
+            code, row = plant(what, folder)
+            print(f'{what:50s} {"caught by: " + row[:80].strip() if row.endswith("FAIL") else "NOT CAUGHT " + row}', flush=True)

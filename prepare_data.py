@@ -17,8 +17,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,7 +51,7 @@ def die(message):
 def standard_library():
     """The .py files of the running Python without its tests: 12 MB. Their order is shuffled, but always the same."""
     root = Path(os.__file__).parent
-    files = [p for p in root.rglob('*.py') if not {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'} & set(p.parts)]
+    files = [p for p in root.rglob('*.py') if not {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'} & set(p.relative_to(root).parts)]
     for p in sorted(files, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest()):
         yield p.read_text(encoding='utf-8', errors='replace'), True
 
@@ -58,16 +60,14 @@ def from_datasets(where, split, rows_are_documents, **kwargs):
     """Rows of a data set of the hub, or of .jsonl and .parquet files, streamed; the text is in the column 'text'."""
     try:
         import datasets
-        rows = iter(datasets.load_dataset(where, split=split, streaming=True, **kwargs))
-        row = next(rows, None)
-    except Exception as e:  # no network, no such file, not installed: many libraries, one line
-        die(f'`datasets` cannot read {where} {kwargs or ""}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}. '
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
+        for n, row in enumerate(datasets.load_dataset(where, split=split, streaming=True, **kwargs)):
+            if not isinstance(row.get('text'), str):
+                die(f"row {n} of {where} {kwargs or ''} has no text in a column 'text'; its columns are {', '.join(row)}")
+            yield row['text'], rows_are_documents
+    except Exception as e:  # no network, no such file, a broken one: many libraries, one line
+        die(f'`datasets` cannot read {where} {kwargs or ""}: {type(e).__name__}: {" ".join(str(e).split())[:300]}. '
             f'Without a network, --path takes a local copy')
-    while row is not None:
-        if not isinstance(row.get('text'), str):
-            die(f"{where} {kwargs or ''} has no column 'text' of strings; its columns are {', '.join(row)}")
-        yield row['text'], rows_are_documents
-        row = next(rows, None)
 
 
 def from_file(path, errors):
@@ -79,19 +79,22 @@ def from_file(path, errors):
         with {'.gz': gzip.open, '.xz': lzma.open}.get(path.suffix, open)(path, 'rt', encoding='utf-8', errors=errors, newline='') as f:
             while text := f.read(PIECE):
                 yield text, False
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError, OSError) as e:
+    except (UnicodeDecodeError, lzma.LZMAError, zlib.error, EOFError, OSError) as e:
         die(f'{path} cannot be read as UTF-8 text (.gz and .xz are unpacked): {e}')
     yield '', True
 
 
 def split_folder(path):
-    """A file, or the files of a folder -> {'train': files} and 'val' where names such as wiki.valid.txt say so."""
-    files = sorted(p for p in path.rglob('*') if p.is_file() and not p.name.startswith('.')) if path.is_dir() else [path]
+    """A file, or the files of a folder -> {'train': files}, or 'train' and 'val' where names such as wiki.valid.txt say so."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob('*') if p.is_file() and not re.search(r'(^|/)\.', p.relative_to(path).as_posix()))
     if not files or not path.exists():
         die(f'--path {path} is no file and no folder with files')
-    part = {p: (re.findall(r'(?:^|[._-])(train|val|valid|validation|dev|test)(?=[._-])', p.name) or [''])[-1] for p in files}
-    if {'train'} < set(part.values()):
-        return {'train': [p for p in files if part[p] == 'train'], 'val': [p for p in files if part[p] in ('val', 'valid', 'validation', 'dev')]}
+    said = {p: (re.findall(r'(?:^|[._-])(train|val|dev)(?:id|idation)?(?=[._-])', p.name) or [''])[-1] for p in files}
+    train, val = ([p for p in files if said[p] in words] for words in (('train',), ('val', 'dev')))
+    if train and val:
+        return {'train': train, 'val': val}
     return {'train': files}
 
 
@@ -192,9 +195,13 @@ def prepare(dataset, tokenizer_name=None, path=None, data_dir='data'):
         sources = {part: from_datasets(where, split, rows_are_documents, **kwargs) for part, split in splits.items()}
 
     folder, dtype = Path(data_dir, dataset), np.dtype('uint16' if vocab < 65535 else 'uint32')
-    temporary = folder.with_name(f'.{dataset}.{os.getpid()}.tmp')
-    for old in folder.parent.glob(f'.{dataset}.*.tmp'):  # left by a run that was killed outright
-        if not running(int(old.suffixes[-2][1:])):
+    if folder.exists() and not (folder / 'meta.json').exists():
+        die(f'{folder} exists and is no prepared data set: choose another --dataset name or --data_dir')
+    if path is not None and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+        die(f'--path {path} is what would be replaced: choose another --dataset name or --data_dir')
+    temporary = folder.with_name(f'.{dataset}.{socket.gethostname()}.{os.getpid()}.tmp')
+    for old in folder.parent.glob(f'.{dataset}.{socket.gethostname()}.*.tmp'):  # left by a run of this machine that was killed outright
+        if not running(old.name.split('.')[-2]):
             shutil.rmtree(old)
     temporary.mkdir(parents=True, exist_ok=True)
     try:
@@ -212,20 +219,33 @@ def prepare(dataset, tokenizer_name=None, path=None, data_dir='data'):
                     source=str(path or (f'standard library of Python {sys.version.split()[0]}' if dataset == 'python' else where)),
                     sha256={part: sha256(temporary / f'{part}.bin') for part in counts})
         (temporary / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n', encoding='utf-8')
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        aside = folder.with_name(f'.{dataset}.{socket.gethostname()}.old.{os.getpid()}.tmp')
+        try:
+            if folder.exists():
+                folder.rename(aside)
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / 'meta.json').exists():
+                raise  # else another run, started at the same time, was faster
+        finally:
+            if aside.exists() and not folder.exists():
+                aside.rename(folder)  # interrupted between the two: what was there comes back
+            shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f'{folder}: {meta["train_tokens"]:,} ids to train on, {meta["val_tokens"]:,} to validate, {name}', file=sys.stderr)
 
 
 def running(pid):
+    """Whether a process of this machine may still be alive; where that cannot be asked (Windows) it may."""
+    if os.name == 'nt' or not pid.isdigit():
+        return True
     try:
-        os.kill(pid, 0)
+        os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # somebody else's
+        return True  # somebody else's
     return True
 
 
@@ -245,6 +265,8 @@ if __name__ == '__main__':
     parser.add_argument('--path', help='a file (.txt .gz .xz .jsonl .parquet) or a folder of them, instead of a download')
     parser.add_argument('--data_dir', default='data', help='where the data sets are (default data)')
     args = parser.parse_args()
+    if args.path == '':
+        die('--path must not be empty')
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-made is removed
     try:
         prepare(args.dataset or (Path(args.path).name.split('.')[0] if args.path else 'python'), args.tokenizer, args.path, args.data_dir)

@@ -132,6 +132,7 @@ def test_memory_stays_small(run):
             f'import sys; sys.path.insert(0, {str(Path(prepare_data.__file__).parent)!r}); import prepare_data\n'
             f'prepare_data.prepare("{name}", path="{name}.txt"); print(open("/proc/self/status").read())')
         peak[name] = int(re.search(r'VmHWM:\s+(\d+)', run(run.folder / 'measure.py').out)[1]) / 1e3
+    assert prepared(run.folder, 'big')[0]['val_tokens'] == 5_000_000  # a tenth would be more
     assert peak['big'] < peak["small"] + 65, peak
 
 
@@ -168,7 +169,11 @@ def test_interrupted_leaves_nothing_half_made(run, number):
     ('--path empty.txt', ['empty.txt', 'too little text']),
     ('--path short.txt', ['too little text']),
     ('--path broken.xz', ['broken.xz', 'cannot be read']),
-    ('--path columns.jsonl', ["no column 'text'", 'title']),
+    ('--path columns.jsonl', ["no text in a column 'text'", 'title']),
+    ('--path null.jsonl', ['row 1 of', "column 'text'"]),
+    ('--path torn.jsonl', ['torn.jsonl']),
+    ('--path broken.gz', ['broken.gz', 'cannot be read']),
+    ('--path  --dataset x', ['--path must not be empty']),
     ('--tokenizer words', ["'words'", 'bytes', 'gpt2']),
     ('--dataset wikitext2', ['Salesforce/wikitext', '--path']),
 ])
@@ -178,11 +183,68 @@ def test_refused(run, words, parts):
     (run.folder / 'short.txt').write_text('short')
     (run.folder / 'novel.txt').write_text(TEXT)
     (run.folder / 'broken.xz').write_bytes(lzma.compress(TEXT.encode())[:-50])
+    (run.folder / 'broken.gz').write_bytes(gzip.compress(TEXT.encode())[:20] + b'nonsense' * 20)
+    (run.folder / 'null.jsonl').write_text('{"text": "a"}\n{"text": null}\n')
+    (run.folder / 'torn.jsonl').write_text('{"text": "a"}\n' * 500000 + '{"text": "a')
     (run.folder / 'columns.jsonl').write_text('{"title": "a"}\n')
-    run('prepare_data.py', *words.split(), code=2, TIKTOKEN_CACHE_DIR=str(CORPORA / 'tiktoken_cache') if (CORPORA / 'tiktoken_cache').is_dir() else '')
+    run('prepare_data.py', *words.split(' '), code=2, TIKTOKEN_CACHE_DIR=str(CORPORA / 'tiktoken_cache') if (CORPORA / 'tiktoken_cache').is_dir() else '')
     err = [line for line in run.err.splitlines() if not re.match(r'train: .* ids in', line)]
     assert all(part in err[-1] for part in parts) and 'Traceback' not in run.err, run.err
     assert not (run.folder / 'data').exists() or not list((run.folder / 'data').iterdir())
+
+
+def test_the_source_is_never_the_target(run):
+    """A text folder inside data_dir has the name of the data set it would make: refused, and still there."""
+    (run.folder / 'data/novel').mkdir(parents=True)
+    (run.folder / 'data/novel/chapter.txt').write_text(TEXT, encoding='utf-8')
+    for words in (['--path', 'data/novel'], ['--path', 'data/novel/chapter.txt', '--dataset', 'novel'], ['--path', 'data/novel', '--data_dir', 'data']):
+        run('prepare_data.py', *words, code=2)
+        assert len(run.err.splitlines()) == 1 and '--data_dir' in run.err
+        assert (run.folder / 'data/novel/chapter.txt').read_text(encoding='utf-8') == TEXT
+    run('prepare_data.py', '--path', 'data/novel', '--dataset', 'other')
+    (run.folder / 'data/other/mine.txt').write_text(TEXT, encoding='utf-8')
+    run('prepare_data.py', '--path', 'data/other/mine.txt', '--dataset', 'other', code=2)
+    assert (run.folder / 'data/other/mine.txt').exists()
+
+
+def test_interrupted_while_swapping(run, monkeypatch):
+    """Stopped between moving the old data set away and the new one in: the old one comes back."""
+    monkeypatch.chdir(run.folder)
+    Path('novel.txt').write_text(TEXT, encoding='utf-8')
+    prepare_data.prepare('novel', path='novel.txt')
+    before = prepared(run.folder, 'novel')[0]
+    rename = Path.rename
+
+    def stop(self, target):
+        if self.name.endswith('.tmp') and 'old' not in self.name:
+            raise SystemExit(143)
+        return rename(self, target)
+    monkeypatch.setattr(Path, 'rename', stop)
+    Path('novel.txt').write_text(TEXT * 2, encoding='utf-8')
+    with pytest.raises(SystemExit):
+        prepare_data.prepare('novel', path='novel.txt')
+    assert prepared(run.folder, 'novel')[0] == before and os.listdir('data') == ['novel']
+
+
+def test_folders_are_read_without_hidden_files_and_split_by_both_names_only(run):
+    (run.folder / 'text/.git').mkdir(parents=True)
+    (run.folder / 'text/.git/object').write_text('hidden' * 1000)
+    (run.folder / 'text/train.txt').write_text('a' * 600)
+    (run.folder / 'text/test.txt').write_text('b' * 400)
+    run('prepare_data.py', '--path', 'text')
+    _, ids = prepared(run.folder, 'text')
+    assert np.concatenate([ids['train'], ids['val']]).astype(np.uint8).tobytes() == b'b' * 400 + b'a' * 600
+
+
+@needs_corpora
+def test_documents_end_with_end_of_text(run, monkeypatch):
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(CORPORA / 'tiktoken_cache'))
+    (run.folder / 'd.jsonl').write_text(''.join(json.dumps({'text': f'document {i}'}) + '\n' for i in range(200)))
+    run('prepare_data.py', '--path', 'd.jsonl', '--tokenizer', 'gpt2')
+    _, ids = prepared(run.folder, 'd')
+    import tiktoken
+    text = tiktoken.get_encoding('gpt2').decode(np.concatenate([ids['train'], ids['val']]).tolist())
+    assert text == ''.join(f'document {i}<|endoftext|>' for i in range(200))
 
 
 def test_two_at_once(run):

@@ -33,12 +33,16 @@ def load_run(out_dir, which, device):
         die(f'{path} does not exist; --out_dir is a folder that train.py wrote')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
-        die(f"{path} is not a checkpoint of train.py, or damaged: {str(e).splitlines()[0]}")
+        name, config = checkpoint['settings']['model'], checkpoint['config']
+    except (RuntimeError, EOFError, OSError, TypeError, KeyError, IndexError, pickle.UnpicklingError) as e:
+        die(f'{path} is damaged, or no checkpoint of train.py: {type(e).__name__} {" ".join(str(e).split())[:100]}')
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    module = importlib.import_module('model_' + checkpoint['settings']['model'])
-    model = module.Model(module.Config(**checkpoint['config'])).to(device).eval()
-    model.load_state_dict(checkpoint['model'])
+    try:
+        module = importlib.import_module(f'model_{name}')
+        model = module.Model(module.Config(**config)).to(device).eval()
+        model.load_state_dict(checkpoint['model'])
+    except (ImportError, TypeError, RuntimeError) as e:  # the file was changed since, or is gone
+        die(f'{path} does not fit model_{name}.py as it is now: {" ".join(str(e).split())[:200]}')
     return model, checkpoint
 
 
@@ -46,10 +50,10 @@ def tokenizer(name):
     """-> text to a list of ids, and one id to its bytes."""
     if name == 'bytes':
         return lambda text: list(text.encode('utf-8', 'surrogateescape')), lambda i: bytes([i])
-    import tiktoken
     try:
+        import tiktoken
         enc = tiktoken.get_encoding(name)
-    except Exception as e:  # tiktoken fetches its vocabulary on first use
+    except Exception as e:  # not installed, or no vocabulary: tiktoken fetches it on first use
         die(f'tiktoken cannot load {name}: {type(e).__name__}. Without a network set TIKTOKEN_CACHE_DIR')
     return enc.encode_ordinary, enc.decode_single_token_bytes
 
@@ -66,7 +70,7 @@ def continuation(model, ids, vocab_size, context, temperature, top_k, generator)
         if top_k:
             logits[logits < logits.topk(min(top_k, vocab_size)).values[-1]] = float('-inf')
         if temperature:
-            i = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).item()
+            i = torch.multinomial(((logits - logits.max()) / temperature).softmax(-1), 1, generator=generator).item()
         else:
             i = logits.argmax().item()
         ids.append(i)
@@ -98,10 +102,12 @@ def main():
     parser.add_argument('--seed', type=int, default=1, help='of the draws (default 1)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
     args = parser.parse_args()
-    for name, low in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('context', 0), ('seed', 0)):
+    sys.stdout.reconfigure(errors='replace')  # a console that lacks a character shows ? for it
+    for name, low in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0.0), ('top_k', 0), ('context', 0), ('seed', 0)):
         if getattr(args, name) is not None and not low <= getattr(args, name) < 2 ** 63:
             die(f'--{name} must be at least {low}, not {getattr(args, name)}')
     try:
+        assert torch.device(args.device).type in ('cuda', 'mps', 'cpu'), 'only cuda, mps and cpu can'
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as e:
         die(f'--device {args.device} cannot be used here: {str(e).splitlines()[0]}')
@@ -111,7 +117,10 @@ def main():
 
     if checkpoint['settings']['objective'] == 'masked':
         prompt = args.prompt if args.prompt is not None else die('a masked model needs --prompt with [MASK] in it')
-        parts = [encode(part) for part in prompt.split('[MASK]')]
+        parts = prompt.split('[MASK]')
+        if meta['tokenizer'] != 'bytes':  # a token of GPT-2 brings the space before it
+            parts = [part.removesuffix(' ') for part in parts[:-1]] + parts[-1:]
+        parts = [encode(part) for part in parts]
         if len(parts) == 1:
             die('this model is masked: --prompt must hold at least one [MASK]')
         ids = [i for part in parts for i in (meta['mask_id'], *part)][1:]

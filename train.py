@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -84,8 +85,8 @@ PEAK = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A
 
 
 def die(message, code=2):
-    """One line on stderr, from one process of a machine, and out."""
-    if LOCAL_RANK == 0:
+    """One line on stderr and out: wrong input (2) by one process of a machine, for all find it; a failure (1) by whoever has it."""
+    if LOCAL_RANK == 0 or code == 1:
         print(f'train.py: {message}', file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -109,8 +110,10 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
         for f in dataclasses.fields(cls):
             kind = get_type_hints(cls)[f.name]
+            if not (kind in (bool, int, float, str) or get_origin(kind) is Literal) or '--' + f.name in self._option_string_actions:
+                die(f'{title}: the field {f.name} of {cls.__name__} must be a bool, int, float, str or Literal[...], and no other flag\'s name')
             how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
-                   dict(choices=get_args(kind)) if get_args(kind) else dict(type=kind, metavar=kind.__name__))
+                   dict(choices=get_args(kind), type=type(get_args(kind)[0])) if get_args(kind) else dict(type=kind, metavar=kind.__name__))
             note = f'{notes.get(f.name, "")} (default {f.default!r})'.replace('%', '%%')
             group.add_argument('--' + f.name, default=argparse.SUPPRESS, help=note, **how)
 
@@ -138,6 +141,8 @@ def check(values):
         high = 0.9999 if name in ('dropout', 'beta1', 'beta2') else 1 if name == 'mask_prob' else 2 ** 31
         if isinstance(v, (int, float)) and not low <= v <= high or (name == 'mask_prob' and v == 0):
             die(f'--{name} must be from {low} to {high}, not {v}')
+    if not re.fullmatch(r'[\w.-]*\w[\w.-]*', values['dataset']):
+        die(f'--dataset names a folder: letters, digits, dots, dashes and underscores only, not {values["dataset"]!r}')
     if values['objective'] == 'causal' and not values['causal']:
         die('--objective causal needs --causal: without the mask the model reads the answer')
     if values['batch_size'] % WORLD:
@@ -166,13 +171,16 @@ def resolve(argv):
         first.config = Path(first.out_dir, 'config.json')
     file = read_config(first.config) if first.config else {}
     values = {**dataclasses.asdict(Settings()), **PRESETS[first.preset], **file, **vars(first)}
+    if first.resume and file.get('model', values['model']) != values['model']:
+        die(f'--resume cannot change model: it is {file["model"]} in {first.out_dir}, not {values["model"]}')
     module = load_model_file(values['model'])
 
     parser.add_argument('-h', '--help', action='help', help='show this and exit')
     parser.add_fields(module.Config, f'model_{values["model"]}.py')
     flags = vars(parser.parse_args(argv))
     other = {k: flags.pop(k) for k in ('preset', 'config', 'out_dir', 'resume', 'overwrite')}
-    file.pop('vocab_size', None)  # the data decides it, and the objective decides causal
+    if not first.resume:
+        file.pop('vocab_size', None)  # the data decides it, and the objective decides causal
     if 'objective' in flags:
         file.pop('causal', None)
     kinds = {**get_type_hints(Settings), **get_type_hints(module.Config)}
@@ -226,15 +234,24 @@ def val_rows(data, rows, n, s, T, meta):
 
 def load_data(s, peers):
     """-> meta.json as a dict, train and validation tokens as memory maps; prepares them first if they are missing."""
-    folder = Path(s.data_dir, s.dataset)
+    folder, failed = Path(s.data_dir, s.dataset), None
     if RANK == 0 and not (folder / 'meta.json').exists():
         import prepare_data
-        prepare_data.prepare(s.dataset, data_dir=s.data_dir)
-    any_process(False, peers)
+        try:
+            prepare_data.prepare(s.dataset, data_dir=s.data_dir)
+        except SystemExit as e:  # it has said why; the other processes wait to hear
+            failed = e.code
+    if any_process(failed is not None, peers):
+        sys.exit(failed or 2)
     if not (folder / 'meta.json').exists():
         die(f'{folder} is missing on this machine: prepare it here too, or share the folder')
-    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-    return meta, *(np.memmap(folder / f'{part}.bin', dtype=meta['dtype'], mode='r') for part in ('train', 'val'))
+    try:
+        meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+        data = {part: np.memmap(folder / f'{part}.bin', dtype=meta['dtype'], mode='r') for part in ('train', 'val')}
+        whole = all(len(data[part]) == meta[f'{part}_tokens'] and meta[f'{part}_bytes'] for part in data) and meta['mask_id'] >= meta['vocab_size']
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        die(f'{folder} is damaged ({type(e).__name__}: {e}): delete it and prepare it again')
+    return (meta, data['train'], data['val']) if whole else die(f'{folder} is damaged: delete it and prepare it again')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,23 +259,28 @@ def load_data(s, peers):
 def choose_device(s):
     """-> torch.device, autocast dtype, whether to compile. Every choice is printed."""
     best = f'cuda:{LOCAL_RANK}' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    name = best if s.device == 'auto' or (s.device == 'cuda' and best != 'cpu') else s.device
+    name = best if s.device == 'auto' or (s.device == 'cuda' and best.startswith('cuda')) else s.device
     try:
         device = torch.device(name)
+        assert device.type in ('cuda', 'mps', 'cpu'), 'only cuda, mps and cpu are'
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        die(f'--device {s.device} cannot be used here (auto, which would be {best}, can): {str(e).splitlines()[0]}')
+        print(f'train.py: --device {s.device} is not supported here; auto would take {best}. {str(e).splitlines()[0]}', file=sys.stderr)
+        sys.exit(2)
     cuda = device.type == 'cuda'
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
-    has_bf16 = cuda and torch.cuda.is_bf16_supported()
+    has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    compiler = any(map(shutil.which, ('cc', 'gcc', 'clang')))  # Triton needs one too
     if s.dtype == 'bfloat16' and cuda and not has_bf16:
         die('--dtype bfloat16 is not supported by this GPU; allowed: auto, float32')
     dtype = torch.bfloat16 if s.dtype == 'bfloat16' or (s.dtype == 'auto' and has_bf16) else torch.float32
-    why = '' if s.compile != 'auto' else ' (no CUDA)' if not cuda else '' if find_spec('triton') else ' (no Triton)'
-    if s.compile == 'on' and not (find_spec('triton') if cuda else shutil.which('c++') or shutil.which('g++')):
-        die(f'--compile on needs {"Triton" if cuda else "a C++ compiler"}, which is not here; allowed: auto, off')
+    lacks = ('a C compiler' if not compiler else 'Triton' if cuda and not find_spec('triton') else
+             'a GPU of compute capability 7.0' if cuda and torch.cuda.get_device_capability(device) < (7, 0) else None)
+    if s.compile == 'on' and lacks:
+        die(f'--compile on needs {lacks}, which is not here; allowed: auto, off')
+    why = '' if s.compile != 'auto' else ' (no CUDA)' if not cuda else f' (no {lacks[2:] if lacks[:2] == "a " else lacks})' if lacks else ''
     compiled = s.compile == 'on' or (s.compile == 'auto' and not why)
     kind = torch.cuda.get_device_name(device) if cuda else f'{torch.get_num_threads()} threads'
     say(f'device {device} ({kind}){f" x {WORLD} processes" * (WORLD > 1)}, {str(dtype)[6:]}, compile {"on" if compiled else "off" + why}')
@@ -282,53 +304,80 @@ def any_process(flag, peers):
     return flag.item() > 0
 
 
-def save(path, checkpoint):
-    """Written beside, flushed and renamed: a kill at any moment leaves the old file or the new one, whole."""
-    with open(f'{path}.tmp', 'wb') as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f'{path}.tmp', path)
+def write(path, put, mode='wb'):
+    """Written beside, flushed and renamed: a kill or a full disk leaves the old file or the new one, whole."""
+    beside = path.with_name(path.name + '.tmp')
+    try:
+        with open(beside, mode, **({} if 'b' in mode else dict(newline='', encoding='utf-8'))) as f:
+            put(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except RuntimeError as e:  # what torch.save makes of a full disk
+        raise OSError(f'{path} could not be written: {str(e).splitlines()[0]}') from e
+    finally:
+        beside.unlink(missing_ok=True)
 
 
-def open_run(s, other):
-    """-> the run's folder and its last checkpoint or None."""
+def open_run(s, other, peers):
+    """-> the run's folder, the same on every process, and its last checkpoint or None."""
     name = f'{s.model}-{s.objective}-{s.dataset}'
     out = Path(other.out_dir or Path('out', name))
-    last = out / 'ckpt_last.pt'
+    if out.exists() and not out.is_dir():
+        die(f'--out_dir {out} is a file; it must be a folder, or the name of one to make')
+    found = other.resume and (out / 'ckpt_last.pt').exists()
+    if any_process(found, peers) and not found:
+        die(f'{out} holds a checkpoint on another machine and none here: share that folder', 1)
+    if found:
+        return out, load_checkpoint(out / 'ckpt_last.pt')
     if other.resume:
-        if last.exists():
-            try:
-                return out, torch.load(last, map_location='cpu', weights_only=True)
-            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
-                die(f'{last} is not a checkpoint of train.py, or damaged: {str(e).splitlines()[0]}')
         say(f'no checkpoint in {out}: starting from step 0')
-    elif other.out_dir and other.overwrite:
-        for file in ('config.json', 'log.csv', 'loss.png', 'ckpt_last.pt', 'ckpt_best.pt'):
-            if RANK == 0:
-                (out / file).unlink(missing_ok=True)
-    elif other.out_dir and (out / 'config.json').exists():
+    elif other.out_dir and (out / 'config.json').exists() and not other.overwrite:
         die(f'{out} holds a run: add --resume to go on with it, --overwrite to delete it, or name another --out_dir')
-    n = 1
-    while not other.out_dir and (out / 'config.json').exists():
-        n += 1
-        out = Path('out', f'{name}-{n}')
+    any_process(False, peers)  # all have looked before one writes
+    if RANK == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for n in itertools.count(2):
+            try:
+                out.mkdir(exist_ok=bool(other.out_dir))  # whoever makes the folder has it
+                break
+            except FileExistsError:
+                out = Path('out', f'{name}-{n}')
+        for file in ('config.json', 'log.csv', 'loss.png', 'ckpt_last.pt', 'ckpt_best.pt'):
+            (out / file).unlink(missing_ok=True)
+    if WORLD > 1:
+        box = [out]
+        dist.broadcast_object_list(box, group=peers)
+        out = box[0]
     return out, None
+
+
+def load_checkpoint(path):
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        assert {'model', 'optimizer', 'config', 'settings', 'step'} <= set(checkpoint)
+        return checkpoint
+    except (RuntimeError, EOFError, OSError, TypeError, AssertionError, pickle.UnpicklingError) as e:
+        die(f'{path} is damaged, or no checkpoint of train.py: {type(e).__name__} {" ".join(str(e).split())[:100]}')
 
 
 COLUMNS = ('step', 'train_loss', 'val_loss', 'bits_per_byte', 'lr', 'grad_norm', 'ms', 'tokens_per_s')
 
 
 def start_log(path, step):
-    """Write the header, or cut an existing log.csv back to what was logged before the checkpoint of `step`."""
+    """Write the header, or cut log.csv back to what came before the checkpoint of `step`. True: a validation is to be made again."""
     rows = []
-    if path.exists() and step:
+    if step and path.exists():
         with open(path, newline='', encoding='utf-8') as f:
-            rows = [r for r in csv.DictReader(f) if int(r['step']) < step or (int(r['step']) == step and r['train_loss'])]
-    with open(path, 'w', newline='', encoding='utf-8') as f:
+            rows = [r for r in csv.DictReader(f) if int(r['step']) <= step]
+    again = bool(rows) and int(rows[-1]['step']) == step and bool(rows[-1]['val_loss'])
+
+    def put(f):
         writer = csv.DictWriter(f, COLUMNS)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(rows[:-1] if again else rows)
+    write(path, put, 'w')
+    return again
 
 
 def log(out, **row):
@@ -374,16 +423,28 @@ def evaluate(model, forward, val, s, micro, T, meta):
     return (total[0] / total[1]).item()
 
 
-def restore(checkpoint, out, config, s, raw, optimizer):
+def restore(checkpoint, out, config, s, meta, raw, optimizer):
     """Put a checkpoint into model and optimizer; say which settings have changed, refuse another architecture."""
     for name, old in checkpoint['config'].items():
         if getattr(config, name, None) != old:
             die(f'--resume cannot change {name}: it is {old} in {out}, not {getattr(config, name, None)}')
     for name, old in checkpoint['settings'].items():
-        if getattr(s, name) != old:
-            say(f'changed on resume: {name} {old} -> {getattr(s, name)}')
-    raw.load_state_dict(checkpoint['model'])
+        if getattr(s, name, None) != old:
+            say(f'changed on resume: {name} {old} -> {getattr(s, name, None)}')
+    if checkpoint['meta']['sha256'] != meta['sha256']:
+        say(f'changed on resume: the tokens of {s.dataset}')
+    try:
+        raw.load_state_dict(checkpoint['model'])
+    except RuntimeError as e:
+        die(f'the checkpoint in {out} does not fit model_{s.model}.py as it is now: {" ".join(str(e).split())[:200]}')
+    for group in checkpoint['optimizer']['param_groups']:
+        group['fused'] = next(raw.parameters()).device.type == 'cuda'  # before loading: it decides where AdamW keeps its steps
     optimizer.load_state_dict(checkpoint['optimizer'])
+
+
+def reseed(s, step):
+    """What is drawn in a step, dropout say, is a function of (seed, step, process). 32 bits: a CPU generator reads no more."""
+    torch.manual_seed(int(np.random.SeedSequence((s.seed, step, RANK)).generate_state(1)[0]))
 
 
 def main():
@@ -411,21 +472,20 @@ def main():
     if WORLD > 1:
         ddp = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
     optimizer = torch.optim.AdamW([dict(params=[p for p in raw.parameters() if p.dim() >= 2]),
-                                   dict(params=[p for p in raw.parameters() if p.dim() < 2])])
-    out, checkpoint = open_run(s, other)
+                                   dict(params=[p for p in raw.parameters() if p.dim() < 2])], fused=device.type == 'cuda')
+    out, checkpoint = open_run(s, other, peers)
     step, best, window = 0, math.inf, []  # steps done, best validation loss, training losses since the last log line
     if checkpoint:
-        restore(checkpoint, out, config, s, raw, optimizer)
+        restore(checkpoint, out, config, s, meta, raw, optimizer)
         step, best, window = checkpoint['step'], checkpoint['best'], checkpoint['window']
     for group, decay in zip(optimizer.param_groups, (s.weight_decay, 0.0)):
-        group.update(betas=(s.beta1, s.beta2), weight_decay=decay, fused=device.type == 'cuda')
+        group.update(betas=(s.beta1, s.beta2), weight_decay=decay)
 
-    any_process(False, peers)  # all have looked at the folder before one writes there
-    settings = {**dataclasses.asdict(s), **dataclasses.asdict(config)}
+    settings, again = {**dataclasses.asdict(s), **dataclasses.asdict(config)}, False
     if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / 'config.json').write_text(json.dumps(settings, indent=1) + '\n', encoding='utf-8')
-        start_log(out / 'log.csv', step)
+        write(out / 'config.json', lambda f: f.write(json.dumps(settings, indent=1) + '\n'), 'w')
+        again = start_log(out / 'log.csv', step)
+    again = any_process(again, peers)
     params = sum(p.numel() for p in raw.parameters())
     say(f'{s.model}, {s.objective}, {s.dataset} ({len(train):,} tokens): {params / 1e6:.2f}M parameters, run {out}')
     say('settings: ' + ', '.join(f'{k} {v}' for k, v in settings.items()))
@@ -435,7 +495,7 @@ def main():
     unit = 'token' if s.objective == 'causal' else 'masked token'
     bits = meta['val_tokens'] / meta['val_bytes'] / math.log(2)  # bits per byte = nats per token * bits
     flops = 6 * params + 12 * config.n_layer * config.n_embd * T  # of one token, forward and backward
-    peak = next((v for k, v in PEAK.items() if device.type == 'cuda' and k in torch.cuda.get_device_name(device)), None)
+    peak = next((v for k, v in PEAK.items() if device.type == 'cuda' and re.search(rf'\b{k}\b', torch.cuda.get_device_name(device))), None)
     pending, signals = [], []
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda number, _: signals.append(number))
@@ -463,13 +523,14 @@ def main():
 
     def save_as(name):
         if RANK == 0:
-            save(out / name, dict(step=step, best=best, window=window, model=raw.state_dict(), optimizer=optimizer.state_dict(),
-                                  config=dataclasses.asdict(config), settings=dataclasses.asdict(s), meta=meta))
+            write(out / name, lambda f: torch.save(dict(
+                step=step, best=best, window=window, model=raw.state_dict(), optimizer=optimizer.state_dict(),
+                config=dataclasses.asdict(config), settings=dataclasses.asdict(s), meta=meta), f))
 
     first, began, mark = step, time.time(), (step, time.time())
     while True:
         stop, done = any_process(bool(signals), peers), step >= s.max_iters
-        due = done or step % s.eval_interval == 0
+        due = done or step % s.eval_interval == 0 or (again and step == first)
         if due or stop or (s.checkpoint_interval and step % s.checkpoint_interval == 0):
             settle()
             save_as('ckpt_last.pt')  # before the evaluation: whatever happens there, the training is kept
@@ -488,7 +549,7 @@ def main():
         if done:
             break
 
-        torch.manual_seed(s.seed * 2 ** 32 + step * WORLD + RANK)  # dropout too is a function of (seed, step)
+        reseed(s, step)
         for group in optimizer.param_groups:
             group['lr'] = lr_at(step, s)
         total = 0.0
@@ -531,5 +592,9 @@ if __name__ == '__main__':
         die(f'out of GPU memory: try --micro_batch_size 1, 2, 4, ... (the curve stays the same). {str(e).splitlines()[0]}', 1)
     except OSError as e:
         die(e, 1)  # a full disk, a folder that may not be written
+    except RuntimeError as e:
+        if "can't allocate memory" not in str(e):
+            raise
+        die(f'out of memory: try a smaller model or --micro_batch_size. {str(e).splitlines()[0]}', 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -82,6 +82,30 @@ def test_initialisation(name):
             assert abs(block.mlp.c_proj.weight.std().item() / expected - 1) < 0.05
 
 
+def test_initialisation_of_kernels():
+    """Chang et al.'s code: fixed kernels start at zero, query- and key-made ones uniform in +-1/sqrt(width)."""
+    att = importlib.import_module('model_composite').Config(dynamic_key=True, n_embd=512)
+    att = importlib.import_module('model_composite').Model(att).h[0].attn
+    assert (att.fixed == 0).all() and att.fixed.shape == (4, 17) and att.dynamic.shape == att.dynamic_key.shape == (17, 128)
+    for kernel in (att.dynamic, att.dynamic_key):
+        assert kernel.abs().max() <= 17 ** -0.5 and abs(kernel.std().item() / (17 ** -0.5 / 3 ** 0.5) - 1) < 0.05
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_dropout(name):
+    """On the embedding and on both branches, in training alone."""
+    module = importlib.import_module(f'model_{name}')
+    model, idx = module.Model(module.Config(dropout=1.0)), torch.randint(256, (2, 9))
+    x = torch.randn(2, 9, 128)
+    assert torch.equal(model.h[0](x), x) and (model.hidden(idx) == 0).all(), 'all dropped: nothing is added to x'
+    model.eval()
+    assert not torch.equal(model.h[0](x), x) and torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    for drop in (model.drop, model.h[0].drop):
+        drop.p = 0.5
+    assert not torch.equal(model.h[0](x), model.h[0](x))
+
+
 def readme_commands():
     """Lines of the README's code blocks that run one of our scripts."""
     text = (REPO / 'README.md').read_text(encoding='utf-8')

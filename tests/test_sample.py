@@ -1,4 +1,6 @@
 """sample.py as users run it, on runs that train.py made."""
+import json
+import math
 import re
 
 import pytest
@@ -28,7 +30,8 @@ def test_causal_continues_the_prompt(runs, name):
     assert runs('sample.py', *words).out == text, 'the same seed writes the same text'
     assert runs('sample.py', *words, '--seed', 2).out != text
     two = runs('sample.py', *words, '--num_samples', 2).out
-    assert two.startswith(text) and two.count('def grüße(') >= 2
+    assert two.startswith(text) and two.count('def grüße(') >= 2 and len(set(two.split('-' * 40 + '\n'))) == 2
+    assert runs('sample.py', *words, '--temperature', '1e-45').out == runs('sample.py', *words, '--temperature', 0).out
     greedy = runs('sample.py', *words, '--temperature', 0).out
     assert greedy == runs('sample.py', *words, '--top_k', 1, '--seed', 9).out, 'the likeliest token is the only one of top 1'
     assert len(runs('sample.py', *words, '--context', 0).out) > 60
@@ -96,6 +99,12 @@ def test_refused_checkpoint(runs):
     (runs.folder / 'bad/ckpt_best.pt').write_bytes((runs.folder / 'out/absolute/ckpt_best.pt').read_bytes()[:3000])
     runs('sample.py', '--out_dir', 'bad', code=2)
     assert len(runs.err.splitlines()) == 1 and 'ckpt_best.pt' in runs.err
+    good = torch.load(runs.folder / 'out/absolute/ckpt_best.pt', weights_only=True)
+    for changed in ({'a': 1}, [torch.zeros(3)], {**good, 'settings': {'model': 'gone'}}, {**good, 'config': {**good['config'], 'n_embd': 64}},
+                    {**good, 'config': {**good['config'], 'field_of_another_day': 1}}):
+        torch.save(changed, runs.folder / 'bad/ckpt_best.pt')
+        runs('sample.py', '--out_dir', 'bad', code=2)
+        assert len(runs.err.splitlines()) == 1 and 'ckpt_best.pt' in runs.err
 
 
 @pytest.mark.skipif(not (CORPORA / 'tiktoken_cache').is_dir(), reason=f'no tiktoken cache in {CORPORA} (set CORPORA)')
@@ -105,8 +114,10 @@ def test_gpt2_tokens_from_preparation_to_sample(run):
     run('prepare_data.py', '--dataset', 'wikitext2', '--path', CORPORA / 'wikitext-2-raw', **env)
     for objective in ('causal', 'masked'):
         run('train.py', '--dataset', 'wikitext2', '--objective', objective, *TINY, '--max_iters', 2)
-        assert 'perplexity' in run.out
+        loss, bits, perplexity = map(float, re.findall(r'val loss (\S+) nats per .*, (\S+) bits per byte, perplexity (\S+)', run.out)[-1])
+        meta = json.loads((run.folder / 'data/wikitext2/meta.json').read_text())
+        assert abs(bits - loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']) < 1e-3 and abs(math.log(perplexity) - loss) < 1e-3
     out = run('sample.py', '--out_dir', 'out/composite-masked-wikitext2', '--prompt', 'The [MASK] of the', **env).out
-    assert out.startswith('The') and '[MASK] 1:' in out
+    assert out.startswith('The') and not out.startswith('The  ') and '[MASK] 1:' in out and ' of the\n' in out
     out = run('sample.py', '--out_dir', 'out/composite-causal-wikitext2', '--prompt', 'The', '--max_new_tokens', 20, **env).out
     assert out.startswith('The') and len(out) > 20

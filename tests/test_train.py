@@ -1,8 +1,10 @@
 """train.py as users run it: learning, stopping, going on, several processes, wrong input."""
 import csv
+import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 
@@ -88,6 +90,52 @@ def test_validation_rows_are_fixed_spread_and_disjoint():
     assert len(np.unique(idx)) == idx.size and idx.max() > 4900, 'no token twice, and up to the end'
 
 
+@pytest.mark.parametrize('objective', ['causal', 'masked'])
+def test_validation_does_not_depend_on_the_micro_batch_or_on_dropout(objective):
+    """Rows that fill the last batch do not count, and nothing is dropped."""
+    module = __import__('model_nope')
+    torch.manual_seed(0)
+    model = module.Model(module.Config(vocab_size=257, causal=objective == 'causal', dropout=0.5, n_layer=1, n_embd=32))
+    s = script.Settings(objective=objective, eval_tokens=1000)
+    to = lambda a: None if a is None else torch.from_numpy(a)
+    forward = lambda model, idx, targets, where: model(to(idx), to(targets), where=to(where))[1]
+    losses = [script.evaluate(model, forward, DATA, s, micro, 64, META) for micro in (1, 4, 7, 15, 15)]
+    assert max(losses) - min(losses) < 1e-6 and model.training, losses
+    idx, targets, where = script.val_rows(DATA, np.arange(15), 15, s, 64, META)
+    assert abs(losses[0] - forward(model.eval(), idx, targets, where).item()) < 1e-5
+
+
+def test_random_draws_depend_on_seed_and_step():
+    draws = set()
+    for seed in (1, 2, 3):
+        for step in (0, 1, 2):
+            script.reseed(script.Settings(seed=seed), step)
+            draws.add(torch.rand(4).sum().item())
+    assert len(draws) == 9
+    script.reseed(script.Settings(seed=3), 2)
+    assert torch.rand(4).sum().item() in draws
+    _, targets, where = script.train_rows(DATA, 3, range(400), script.Settings(objective='masked'), 64, META)
+    idx = script.train_rows(DATA, 3, range(400), script.Settings(objective='masked'), 64, META)[0]
+    shown = np.take_along_axis(idx, where, 1)
+    noise = shown[(shown != targets) & (shown != META['mask_id'])]
+    assert len(np.unique(noise)) > 150 and noise.max() < 256, 'random tokens are drawn from all ordinary ids'
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / 'file'
+    script.write(path, lambda f: f.write(b'old'))
+
+    def fail(error):
+        def put(f):
+            f.write(b'half')
+            raise error
+        return put
+    for error in (OSError('disk full'), RuntimeError('enforce fail'), KeyboardInterrupt()):
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            script.write(path, fail(error))
+        assert path.read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['file']
+
+
 def test_schedule():
     s = script.Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
     lr = [script.lr_at(i, s) for i in range(120)]
@@ -111,7 +159,19 @@ def test_loss_falls(train, name, objective):
     assert abs(bits - losses[2] / math.log(2)) < 1e-4  # bytes: one token is one byte
     assert 'left' in train.out and 'tokens/s' in train.out and f'python sample.py --out_dir out/{name}-{objective}-code' in train.out
     assert json.loads((out / 'config.json').read_text())['causal'] == (objective == 'causal')
+    groups = checkpoint(out)['optimizer']['param_groups']
+    assert [g['weight_decay'] for g in groups] == [0.1, 0.0] and [g['betas'] for g in groups] == [(0.9, 0.95)] * 2
+    assert len(groups[0]['params']) == sum(p.dim() >= 2 for p in checkpoint(out)['model'].values())  # vectors do not decay
     assert checkpoint(out, 'best')['step'] == 30 * losses.index(min(losses))
+
+
+def test_gradients_are_clipped(train):
+    """To 1e-12, under AdamW's eps, nothing moves but by weight decay."""
+    words = ['--model', 'nope', '--max_iters', 10, '--warmup_iters', 1, '--learning_rate', 1e-2, '--weight_decay', 0, '--eval_interval', 10]
+    train.train(*words, '--grad_clip', 1e-12, '--out_dir', 'clipped')
+    train.train(*words, '--grad_clip', 0, '--out_dir', 'free')
+    fall = {n: float.__sub__(*[float(v) for v, in log(train.folder / n, 'val_loss') if v]) for n in ('clipped', 'free')}
+    assert abs(fall['clipped']) < 0.01 < 0.5 < fall['free'], fall
 
 
 def test_accumulation_changes_nothing_but_rounding(train):
@@ -223,6 +283,26 @@ def test_runs_never_overwrite_each_other(train):
     assert checkpoint(train.folder / 'out/nope-causal-code')['step'] == 2
 
 
+def test_a_finished_run_goes_on(train):
+    """Extended with --max_iters: the validation at its old end stays in the log, and the best is the best of all."""
+    train.train('--model', 'nope', '--max_iters', 25, '--eval_interval', 10, '--vocab_size', 512)
+    out = train.folder / 'out/nope-causal-code'
+    before = log(out, 'step', 'val_loss')
+    train('train.py', '--resume', '--out_dir', out, '--max_iters', 40, '--learning_rate', 0)
+    after = log(out, 'step', 'val_loss')
+    assert [r for r in after if r[1]][:len([r for r in before if r[1]])] == [r for r in before if r[1]], (before, after)
+    assert 'changed on resume: max_iters 25 -> 40' in train.out
+    assert abs(checkpoint(out)['best'] - min(float(v) for _, v in after if v)) < 1e-4 and checkpoint(out, 'best')['step'] in (20, 25)
+    train('train.py', '--resume', '--out_dir', out)  # nothing left to do is no error
+    assert log(out, 'step', 'val_loss') == after
+
+
+def test_several_runs_at_once_take_folders_of_their_own(train):
+    runs = [train.start_train('--model', 'nope', '--max_iters', 1, '--seed', seed) for seed in (1, 2, 3)]
+    assert all(p.communicate(timeout=120) and p.returncode == 0 for p in runs)
+    assert sorted(json.loads(p.read_text())['seed'] for p in (train.folder / 'out').glob('*/config.json')) == [1, 2, 3]
+
+
 def test_config_file_repeats_a_run(train):
     train.train('--model', 'composite', '--kernel_size', 5, '--max_iters', 3, '--seed', 7)
     first = train.folder / 'out/composite-causal-code'
@@ -305,8 +385,12 @@ def test_refused_config_files(text, parts, capsys, tmp_path):
     ('--vocab_size 100', ['--vocab_size', '257']),
     ('--device cuda', ['--device cuda', 'auto']),
     ('--device tpu9', ['--device tpu9']),
+    ('--device meta', ['--device meta', 'cpu']),
+    ('--dataset ../x', ['--dataset', 'letters', "'../x'"]),
+    ('--out_dir file', ['--out_dir file', 'folder']),
 ])
 def test_refused_by_the_real_command(train, words, parts):
+    (train.folder / 'file').touch()
     if words == '--device cuda' and torch.cuda.is_available():
         pytest.skip('there is a GPU')
     train.train('--max_iters', 1, *words.split(), code=2)
@@ -315,10 +399,45 @@ def test_refused_by_the_real_command(train, words, parts):
 
 
 def test_refused_checkpoint(train):
+    """Damaged, not ours, of another model: one line, and what is there stays."""
     train.train('--model', 'nope', '--max_iters', 1, '--out_dir', 'x')
-    (train.folder / 'x/ckpt_last.pt').write_bytes((train.folder / 'x/ckpt_last.pt').read_bytes()[:5000])
+    last = train.folder / 'x/ckpt_last.pt'
+    good, config = last.read_bytes(), (train.folder / 'x/config.json').read_bytes()
+    train('train.py', '--resume', '--out_dir', 'x', '--model', 'composite', code=2)
+    assert 'cannot change model: it is nope' in train.err and len(train.err.splitlines()) == 1
+    for bad in (good[:5000], b'', None, {'a': 1}, torch.zeros(3)):
+        last.write_bytes(bad) if isinstance(bad, bytes) else torch.save(bad, last)
+        before = last.read_bytes()
+        train('train.py', '--resume', '--out_dir', 'x', code=2)
+        assert 'ckpt_last.pt' in train.err and len(train.err.splitlines()) == 1
+        assert last.read_bytes() == before and (train.folder / 'x/config.json').read_bytes() == config
+    checkpoint = torch.load(io.BytesIO(good), weights_only=True)
+    checkpoint['model'].pop('ln_f.weight')
+    torch.save(checkpoint, last)
     train('train.py', '--resume', '--out_dir', 'x', code=2)
-    assert 'ckpt_last.pt' in train.err and len(train.err.splitlines()) == 1
+    assert 'does not fit model_nope.py' in train.err and len(train.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize('damage', ['train.bin', 'val.bin', 'meta.json', 'half'])
+def test_refused_data(train, damage):
+    folder = train.folder / 'data/code'
+    shutil.copytree(train.words[1] / 'code', folder)
+    if damage == 'half':
+        (folder / 'train.bin').write_bytes((folder / 'train.bin').read_bytes()[:-1000])
+    elif damage == 'meta.json':
+        (folder / 'meta.json').write_text('{}')
+    else:
+        (folder / damage).unlink()
+    train.train('--data_dir', 'data', '--max_iters', 1, code=2)
+    assert 'data/code is damaged' in train.err and 'prepare it again' in train.err and len(train.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize('field', ['seed: int = 1', 'width: list = None', 'width: float | None = None'])
+def test_refused_fields_of_ones_own_scheme(train, field):
+    (train.folder / 'model_mine.py').write_text((REPO / 'model_nope.py').read_text().replace('    init_std: float = 0.02', f'    {field}\n    init_std: float = 0.02'))
+    (train.folder / 'train.py').write_text((REPO / 'train.py').read_text())
+    train(train.folder / 'train.py', *train.words, '--model', 'mine', code=2)
+    assert len(train.err.splitlines()) == 1 and field.split(':')[0] in train.err and 'Literal' in train.err
 
 
 # -- on a GPU -------------------------------------------------------------------------------------------------------------

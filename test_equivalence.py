@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import model_composite as composite
+import model_conv as conv
 import model_nope as nope
 
 ROWS = []  # (claim, difference, tolerance): what the script prints
@@ -60,6 +61,9 @@ def schemes(**fields):
     """(name, model, tokens) of every scheme with relative positions or none."""
     yield 'nope', *make(nope, **fields)
     yield 'composite', *make(composite, kernel_size=5, dynamic_key=True, **fields)
+    yield 'conv', *make(conv, kernel_size=5, queries_keys=True, values=True, output=True, **fields)
+    yield 'conv, dynamic convolution alone', *make(conv, kernel_size=5, mixer='dynamic', queries_keys=True, output=True, **fields)
+    yield 'conv, lightweight convolution alone', *make(conv, kernel_size=5, mixer='lightweight', output=False, **fields)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,6 +186,74 @@ def test_extreme_biases():
               with_gradients(lambda q, k, v, t: composite.attend_dense(q, k, v, t), inputs),
               with_gradients(lambda q, k, v, t: softmax_loops(lambda b, h, i, j: q[b, h, i] @ k[b, h, j] / math.sqrt(D) + t[b, h, i, clip(j - i)], v, True), inputs),
               1e-11, least=1)  # saturated: most gradients vanish
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# convolutions before, inside, behind and instead of the softmax (model_conv.py)
+
+def banded(w, T, causal):
+    """The (T, T) Toeplitz matrix of a kernel w (K,): entry (i, j) is the weight of offset j - i."""
+    first = -(len(w) - 1) if causal else -(len(w) // 2)
+    zero = 0 * w[0]
+    return torch.stack([torch.stack([w[j - i - first] if 0 <= j - i - first < len(w) else zero for j in range(T)]) for i in range(T)])
+
+
+def test_convolutions_are_banded_toeplitz_matrices():
+    """Equations 2 and 3, and the dynamic convolution: each is a banded matrix times x, one per channel, head, or head and token."""
+    for causal in (True, False):
+        side = 'causal' if causal else 'both sides'
+        for T in (1, 3, 11):
+            x, w = random(B, T, D), random(D, WIDTH)
+            explicit = lambda x, w: torch.stack([x[:, :, c] @ banded(w[c], T, causal).T for c in range(D)], 2)
+            check(f'depthwise convolution = banded Toeplitz matrix per channel, {side}',
+                  with_gradients(lambda x, w: conv.depthwise_conv(x, w, causal), [x, w]), with_gradients(explicit, [x, w]))
+            x, w = random(B, H, T, D), random(H, WIDTH)
+            explicit = lambda x, w: torch.stack([banded(w[h], T, causal) @ x[:, h] for h in range(H)], 1)
+            check(f'lightweight convolution = banded Toeplitz matrix per head, {side}',
+                  with_gradients(lambda x, w: conv.lightweight_conv(x, w, causal), [x, w]), with_gradients(explicit, [x, w]))
+            x, w = random(B, H, T, D), random(B, H, T, WIDTH)
+            explicit = lambda x, w: torch.stack([torch.stack([torch.stack([banded(w[b, h, i], T, causal)[i] @ x[b, h] for i in range(T)])
+                                                              for h in range(H)]) for b in range(B)])
+            check(f'dynamic convolution = a banded row per token, {side}',
+                  with_gradients(lambda x, w: conv.dynamic_conv(x, w, causal), [x, w]), with_gradients(explicit, [x, w]))
+
+
+def test_convolution_layer_is_its_equations():
+    """The whole Attention module of model_conv.py, each injection point, against explicit matrices made of its own parameters."""
+    for causal in (True, False):
+        for fields in (dict(output=False), dict(lightweight=False, dynamic=False, output=False, queries_keys=True), dict(values=True, output=False),
+                       dict(output=True), dict(queries_keys=True, values=True), dict(mixer='lightweight'), dict(mixer='dynamic', queries_keys=True, values=True)):
+            model, _ = make(conv, causal=causal, kernel_size=WIDTH, n_layer=1, n_head=4, n_embd=4 * D, **fields)
+            att, x = model.h[0].attn, random(B, T, 4 * D)
+
+            def explicit(x):
+                depthwise = lambda x, w: torch.stack([x[:, :, c] @ banded(w[c], T, causal).T for c in range(w.size(0))], 2)
+                qkv = []
+                for weight, kernel in zip(att.c_attn.weight.split(4 * D), (att.conv_q, att.conv_k, att.conv_v)):
+                    plain = x @ weight.T
+                    if kernel is not None:  # the first two of four heads
+                        plain = torch.cat(((depthwise(x, kernel) @ weight.T)[..., :2 * D], plain[..., 2 * D:]), 2)
+                    qkv.append(plain.view(B, T, 4, D).transpose(1, 2))
+                q, k, v = qkv
+                if att.mixer == 'attention':
+                    def score(b, h, i, j):
+                        a = q[b, h, i] @ k[b, h, j] / math.sqrt(D)
+                        if att.dynamic is not None:
+                            a = a + q[b, h, i] @ att.dynamic[clip(j - i)] / math.sqrt(D)
+                        return a if att.lightweight is None else a + att.lightweight[h, clip(j - i)]
+                    y = softmax_loops(score, v, causal)
+                else:  # one row of a banded matrix per token; its weights sum to one over the kernel's width
+                    kernel = lambda b, h, i: (att.lightweight[h] if att.mixer == 'lightweight' else att.dynamic @ q[b, h, i]).softmax(0)
+                    y = torch.stack([torch.stack([torch.stack([banded(kernel(b, h, i), T, causal)[i] @ v[b, h] for i in range(T)])
+                                                  for h in range(4)]) for b in range(B)])
+                y = y.transpose(1, 2).reshape(B, T, 4 * D)
+                if att.conv_out is not None:
+                    y = y + depthwise(v.transpose(1, 2).reshape(B, T, 4 * D), att.conv_out)
+                return y @ att.c_proj.weight.T
+            inputs = [x, *[p for p in att.parameters()]]
+            gradients = lambda f: [f(x).detach(), *torch.autograd.grad(f(x), inputs, random(B, T, 4 * D, seed=99).detach(), materialize_grads=True)]
+            name = ', '.join(f'{k}={v}' for k, v in fields.items())
+            check(f'convolutional layer = explicit matrices, {"causal" if causal else "both sides"}: {name}', gradients(att), gradients(explicit), 1e-11)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

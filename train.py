@@ -138,8 +138,9 @@ def check(values):
     share = values['batch_size'] // WORLD
     for name, v in values.items():
         low = 1 if name in ('batch_size', 'eval_interval', 'eval_tokens', 'log_interval', 'block_size', 'n_layer', 'n_head', 'n_embd') else 0
-        high = 0.9999 if name in ('dropout', 'beta1', 'beta2') else 1 if name == 'mask_prob' else 2 ** 31
-        if isinstance(v, (int, float)) and not low <= v <= high or (name == 'mask_prob' and v == 0):
+        high = 0.9999 if name in ('dropout', 'beta1', 'beta2') else 2 ** 31
+        low, high = (0.001, 1) if name == 'mask_prob' else (low, high)
+        if isinstance(v, (int, float)) and not low <= v <= high:
             die(f'--{name} must be from {low} to {high}, not {v}')
     if not re.fullmatch(r'[\w.-]*\w[\w.-]*', values['dataset']):
         die(f'--dataset names a folder: letters, digits, dots, dashes and underscores only, not {values["dataset"]!r}')
@@ -222,6 +223,7 @@ def make_rows(data, starts, rngs, s, T, meta):
 
 
 def train_rows(data, step, rows, s, T, meta):
+    """Some rows of the batch of a step: micro batches and processes take theirs."""
     rngs = [np.random.default_rng((s.seed, step, r)) for r in rows]
     return make_rows(data, [rng.integers(len(data) - T) for rng in rngs], rngs, s, T, meta)
 
@@ -272,18 +274,17 @@ def choose_device(s):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    compiler = any(map(shutil.which, ('cc', 'gcc', 'clang')))  # Triton needs one too
     if s.dtype == 'bfloat16' and cuda and not has_bf16:
         die('--dtype bfloat16 is not supported by this GPU; allowed: auto, float32')
     dtype = torch.bfloat16 if s.dtype == 'bfloat16' or (s.dtype == 'auto' and has_bf16) else torch.float32
-    lacks = ('a C compiler' if not compiler else 'Triton' if cuda and not find_spec('triton') else
-             'a GPU of compute capability 7.0' if cuda and torch.cuda.get_device_capability(device) < (7, 0) else None)
+    lacks = ('CUDA' if not cuda and s.compile == 'auto' else 'Triton' if cuda and not find_spec('triton') else
+             'compute capability 7.0' if cuda and torch.cuda.get_device_capability(device) < (7, 0) else
+             'C compiler' if not any(map(shutil.which, ('cc', 'gcc', 'clang'))) else None)
     if s.compile == 'on' and lacks:
         die(f'--compile on needs {lacks}, which is not here; allowed: auto, off')
-    why = '' if s.compile != 'auto' else ' (no CUDA)' if not cuda else f' (no {lacks[2:] if lacks[:2] == "a " else lacks})' if lacks else ''
-    compiled = s.compile == 'on' or (s.compile == 'auto' and not why)
+    compiled = s.compile != 'off' and not lacks
     kind = torch.cuda.get_device_name(device) if cuda else f'{torch.get_num_threads()} threads'
-    say(f'device {device} ({kind}){f" x {WORLD} processes" * (WORLD > 1)}, {str(dtype)[6:]}, compile {"on" if compiled else "off" + why}')
+    say(f'device {device} ({kind}){f" x {WORLD} processes" * (WORLD > 1)}, {str(dtype)[6:]}, compile {"on" if compiled else "off"}{f" (no {lacks})" * (s.compile == "auto" and not compiled)}')
     return device, dtype, compiled
 
 
@@ -304,11 +305,11 @@ def any_process(flag, peers):
     return flag.item() > 0
 
 
-def write(path, put, mode='wb'):
-    """Written beside, flushed and renamed: a kill or a full disk leaves the old file or the new one, whole."""
+def write(path, put, mode='wb', **how):
+    """put(file), written beside, flushed and renamed: a kill or a full disk leaves the old file or the new one, whole."""
     beside = path.with_name(path.name + '.tmp')
     try:
-        with open(beside, mode, **({} if 'b' in mode else dict(newline='', encoding='utf-8'))) as f:
+        with open(beside, mode, **how) as f:
             put(f)
             f.flush()
             os.fsync(f.fileno())
@@ -317,6 +318,9 @@ def write(path, put, mode='wb'):
         raise OSError(f'{path} could not be written: {str(e).splitlines()[0]}') from e
     finally:
         beside.unlink(missing_ok=True)
+
+
+FILES = ('config.json', 'log.csv', 'loss.png', 'ckpt_last.pt', 'ckpt_best.pt')  # of a run
 
 
 def open_run(s, other, peers):
@@ -332,7 +336,7 @@ def open_run(s, other, peers):
         return out, load_checkpoint(out / 'ckpt_last.pt')
     if other.resume:
         say(f'no checkpoint in {out}: starting from step 0')
-    elif other.out_dir and (out / 'config.json').exists() and not other.overwrite:
+    elif other.out_dir and not other.overwrite and any((out / file).exists() for file in FILES):
         die(f'{out} holds a run: add --resume to go on with it, --overwrite to delete it, or name another --out_dir')
     any_process(False, peers)  # all have looked before one writes
     if RANK == 0:
@@ -343,7 +347,7 @@ def open_run(s, other, peers):
                 break
             except FileExistsError:
                 out = Path('out', f'{name}-{n}')
-        for file in ('config.json', 'log.csv', 'loss.png', 'ckpt_last.pt', 'ckpt_best.pt'):
+        for file in FILES if other.overwrite else ():
             (out / file).unlink(missing_ok=True)
     if WORLD > 1:
         box = [out]
@@ -376,7 +380,7 @@ def start_log(path, step):
         writer = csv.DictWriter(f, COLUMNS)
         writer.writeheader()
         writer.writerows(rows[:-1] if again else rows)
-    write(path, put, 'w')
+    write(path, put, 'w', newline='', encoding='utf-8')
     return again
 
 
@@ -483,7 +487,7 @@ def main():
 
     settings, again = {**dataclasses.asdict(s), **dataclasses.asdict(config)}, False
     if RANK == 0:
-        write(out / 'config.json', lambda f: f.write(json.dumps(settings, indent=1) + '\n'), 'w')
+        write(out / 'config.json', lambda f: f.write(json.dumps(settings, indent=1) + '\n'), 'w', encoding='utf-8')
         again = start_log(out / 'log.csv', step)
     again = any_process(again, peers)
     params = sum(p.numel() for p in raw.parameters())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-ALL, COMPOSITE = 'model_nope.py model_composite.py', 'model_composite.py'
+ALL, COMPOSITE, CONV = 'model_nope.py model_composite.py model_conv.py', 'model_composite.py', 'model_conv.py'
 ERRORS = {  # what: (files, right, wrong); the right text stands exactly once in each of the files
     'offset mirrored': (COMPOSITE, 'rows = torch.cat((first', 'kernel, first, last = kernel.flip(-1), last, first\n    rows = torch.cat((first'),
     'offset off by one': (COMPOSITE, 'left, right = T - 1 + past - k, n - past - k', 'left, right = T + past - k, n - past - k - 1'),
@@ -40,6 +40,17 @@ ERRORS = {  # what: (files, right, wrong); the right text stands exactly once in
     'decoding: kernel starts at zero': (COMPOSITE, 'spread(table, S - T, S)', 'spread(table, 0, S)'),
     'decoding: the past comes last': (ALL, 'torch.cat((state[name], t), dim)', 'torch.cat((t, state[name]), dim)'),
     'decoding: absolute positions start again': (ALL, 'self.wpe.weight[past:past + T]', 'self.wpe.weight[:T]'),
+    'depthwise kernel mirrored': (CONV, 'F.conv1d(x, w[:, None]', 'F.conv1d(x, w.flip(1)[:, None]'),
+    'depthwise convolution off by one': (CONV, 'x.transpose(1, 2), (left - past, K - 1 - left))', 'x.transpose(1, 2), (left - past - 1, K - left))'),
+    'dynamic convolution off by one': (CONV, '(0, 0, left - past, K - 1 - left)', '(0, 0, left - past - 1, K - left)'),
+    'kernel of one head used by all': (CONV, 'dynamic_conv(x, w[None, :, None], causal', 'dynamic_conv(x, w[None, :1, None].expand(1, w.size(0), 1, -1), causal'),
+    'convolution in all the heads': (CONV, 'self.half = config.n_head // 2 * hs', 'self.half = config.n_head * hs'),
+    'kernels of queries and keys exchanged': (CONV, '(self.conv_q, self.conv_k, self.conv_v)', '(self.conv_k, self.conv_q, self.conv_v)'),
+    'kernel not normalised over its width': (CONV, 'self.lightweight.softmax(-1)', 'self.lightweight.exp()'),
+    'padding enters the convolution': (CONV, "'x', x if valid is None else x * valid[..., None]", "'x', x"),
+    'padding enters the convolution of the values': (CONV, 'v if valid is None else v * valid[:, None, :, None]', 'v'),
+    'decoding: one input too few is kept': (CONV, 'max(0, x.size(-2) - keep)', 'max(0, x.size(-2) - keep + 1)'),
+    'output convolution before the softmax is over': (CONV, 'y = y + depthwise_conv(flow', 'y = y * depthwise_conv(flow'),
     'predicted places off by one': (ALL, 'where[..., None].expand', '(where[..., None] - 1).clamp(min=0).expand'),
 }
 

@@ -5,7 +5,8 @@ Train several position schemes at equal budget, with several seeds, and compare 
     python experiments/compare.py --schemes none composite            # the README's table: tiny preset, three seeds
     python experiments/compare.py --train --preset small --device cuda   # everything after --train goes to train.py
 
-The question of Chang et al. 2021, Table 1 (masked: none, absolute, fixed, dynamic, composite), asked of the loss itself.
+The question of Chang et al. 2021, Tables 1 to 3 (masked: none, absolute, fixed, dynamic, composite, convolutions), asked of the
+loss itself.
 Runs stay in out/compare/ and are not trained twice: an interrupted comparison goes on where it stopped.
 Writes experiments/results/compare-<dataset>.csv and .png.
 """
@@ -24,6 +25,10 @@ SCHEMES = {  # name: flags of train.py
     'dynamic': ['--model', 'composite', '--no-fixed'],
     'composite': ['--model', 'composite'],
     'composite+key': ['--model', 'composite', '--dynamic_key'],
+    'conv-output': ['--model', 'conv', '--no-lightweight', '--no-dynamic', '--output'],
+    'conv-values': ['--model', 'conv', '--no-lightweight', '--no-dynamic', '--no-output', '--values'],
+    'conv-qk': ['--model', 'conv', '--no-lightweight', '--no-dynamic', '--no-output', '--queries_keys'],
+    'conv-all': ['--model', 'conv', '--output', '--values', '--queries_keys'],
 }
 QUICK = '--max_iters 60 --n_layer 2 --n_embd 64 --batch_size 16 --warmup_iters 10 --eval_interval 20 --eval_tokens 16384'.split()
 
@@ -41,10 +46,11 @@ def main():
     parser.add_argument('--seeds', type=int, default=3, help='seeds 1, 2, ... (default 3)')
     parser.add_argument('--dataset', default='python', help='default python')
     parser.add_argument('--quick', action='store_true', help='a much smaller setting: one seed, 60 steps')
+    parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
     parser.add_argument('--train', nargs=argparse.REMAINDER, default=[], help='everything behind it goes to train.py')
     args = parser.parse_args()
     words = [*(QUICK if args.quick else []), *args.train]
-    label = '-'.join([args.dataset, *(['quick'] if args.quick else []), *(w.lstrip('-') for w in args.train)])
+    label = '-'.join([args.dataset, *(['quick'] if args.quick else []), *(w.strip('-').replace('/', '_') for w in args.train)])
     curves = {}
     for objective in args.objectives:
         for scheme in args.schemes:
@@ -59,8 +65,8 @@ def main():
                 curves.setdefault((objective, scheme), []).append(losses(out))
                 print(f'{objective} {scheme} seed {seed}: {curves[objective, scheme][-1][-1][1]:.4f}', flush=True)
 
-    results = REPO / 'experiments' / 'results'
-    results.mkdir(exist_ok=True)
+    results = Path(args.results)
+    results.mkdir(parents=True, exist_ok=True)
     print(f'\n| objective | scheme | validation loss, nats per token | standard deviation over {len(curves[objective, scheme])} seeds |\n|---|---|---|---|')
     with open(results / f'compare-{label}.csv', 'w', newline='', encoding='utf-8') as f:
         writer = csv.writer(f)

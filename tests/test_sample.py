@@ -39,19 +39,23 @@ def test_causal_continues_the_prompt(runs, name):
 
 @pytest.mark.parametrize('name', MODELS)
 def test_drawn_from_the_state_is_drawn_from_the_text(runs, name):
-    """Greedy ids from the running state = greedy ids by feeding the whole text anew, across the edge of the context."""
+    """Ids drawn from the running state = ids drawn by feeding the whole text anew, across the edge of the context."""
     model, checkpoint = sample.load_run(runs.folder / f'out/{name}-causal-code', 'best', 'cpu')
+    torch.manual_seed(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)  # the short training has not taught it to look back; this model does
     ids = list(b'import ')
     for context in (0, 16):
-        drawn = sample.continuation(model, ids, 256, context, 0, 0, None)
+        drawn = sample.continuation(model, ids, 256, context, 1.0, 0, torch.Generator().manual_seed(5))
         drawn = [next(drawn) for _ in range(30)]
-        text, fed = list(ids), len(ids)  # fed: how many tokens the state holds
+        text, fed, generator = list(ids), len(ids), torch.Generator().manual_seed(5)  # fed: how many tokens the state holds
         for _ in range(30):
             if context and fed > context:
                 fed = context // 2
-            text.append(model(torch.tensor([text[-fed:]]))[0][0, -1, :256].argmax().item())
+            p = model(torch.tensor([text[-fed:]]))[0][0, -1, :256].softmax(-1)
+            text.append(torch.multinomial(p, 1, generator=generator).item())
             fed += 1
-        assert drawn == text[len(ids):]
+        assert drawn == text[len(ids):] and len(set(drawn)) > 10
 
 
 @pytest.mark.parametrize('name', MODELS)

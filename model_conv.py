@@ -13,11 +13,13 @@ Where they enter, each a switch of its own:
     lightweight, dynamic   in the scores: a_ij = q_i.k_j / sqrt(hs) + beta_{j-i} + q_i.W_{j-i} / sqrt(hs)   (equations 4, 5)
     queries_keys, values   in half the heads a depthwise-separable convolution (depthwise, then the Linear) makes them
     output                 softmax(a) v + depthwise(v)                                                  (equation 7)
-    mixer                  'lightweight' or 'dynamic': the convolution, softmax-normalised over its width, is all there is
+    mixer                  'lightweight' or 'dynamic': in place of attention, softmax-normalised over its width (Wu et al.)
 
-In a causal model the convolutions have all their kernel_size taps in the past; in the scores, as in model_composite.py,
-offsets beyond +-k share the end entry and the future is masked. Departures from the paper: pre-norm blocks, no dropout
-on the attention weights.
+With a mixer the kernels of the scores have no place, and --no-output makes it the convolution alone. In a causal model
+the convolutions have all their kernel_size taps in the past; in the scores, as in model_composite.py, offsets beyond
++-k share the end entry and the future is masked. Departures from the papers: pre-norm blocks, no dropout on the
+attention weights, no bias in the depthwise convolutions, the dynamic kernel of a mixer is made by the query and its W
+shared by the heads. Which injection points serve best together is not measured yet, nor which form is fastest on a GPU.
 Plain forms: loops and banded Toeplitz matrices in test_equivalence.py. Fast form of the depthwise convolution: conv1d.
 """
 import math
@@ -142,6 +144,8 @@ class Attention(nn.Module):
             raise ValueError(f'kernel_size must be odd and positive, not {config.kernel_size}')
         if (config.queries_keys or config.values) and config.n_head < 2:
             raise ValueError('queries_keys and values convolve in half the heads: n_head must be at least 2')
+        if config.queries_keys and config.mixer == 'lightweight':
+            raise ValueError('queries_keys needs queries or keys, and the mixer lightweight has neither')
         if config.mixer not in ('attention', 'lightweight', 'dynamic'):
             raise ValueError(f'mixer must be attention, lightweight or dynamic, not {config.mixer!r}')
         self.n_head, self.causal, self.kernel_size = config.n_head, config.causal, config.kernel_size
@@ -155,7 +159,7 @@ class Attention(nn.Module):
         lightweight = config.lightweight if attention else config.mixer == 'lightweight'
         self.lightweight = nn.Parameter(torch.zeros(config.n_head, K)) if lightweight else None
         self.dynamic = uniform(config.dynamic if attention else config.mixer == 'dynamic', K, hs)  # shared by the heads
-        self.conv_q = uniform(config.queries_keys and config.mixer != 'lightweight', config.n_embd, K)
+        self.conv_q = uniform(config.queries_keys, config.n_embd, K)
         self.conv_k = uniform(config.queries_keys and attention, config.n_embd, K)
         self.conv_v = uniform(config.values, config.n_embd, K)
         self.conv_out = uniform(config.output, config.n_embd, K)

@@ -41,7 +41,7 @@ def load_run(out_dir, which, device):
         module = importlib.import_module(f'model_{name}')
         model = module.Model(module.Config(**config)).to(device).eval()
         model.load_state_dict(checkpoint['model'])
-    except (ImportError, TypeError, RuntimeError) as e:  # the file was changed since, or is gone
+    except (ImportError, TypeError, RuntimeError, ValueError, AttributeError, SyntaxError) as e:  # the file was changed since, or is gone
         die(f'{path} does not fit model_{name}.py as it is now: {" ".join(str(e).split())[:200]}')
     return model, checkpoint
 
@@ -65,12 +65,13 @@ def continuation(model, ids, vocab_size, context, temperature, top_k, generator)
     device = model.wte.weight.device
     while True:
         if context and len(new) + state[0]['seen'] > context:
-            state, new = model.new_state(), ids[-max(1, context // 2):]
+            keep = context // 2 if state[0]['seen'] else context  # a long prompt fills the context
+            state, new = model.new_state(), ids[-max(1, keep):]
         logits = model(torch.tensor([new], device=device), state=state)[0][0, -1, :vocab_size].float().cpu()  # no [MASK], no filler
         if top_k:
             logits[logits < logits.topk(min(top_k, vocab_size)).values[-1]] = float('-inf')
         if temperature:
-            i = torch.multinomial(((logits - logits.max()) / temperature).softmax(-1), 1, generator=generator).item()
+            i = torch.multinomial(((logits.double() - logits.max()) / temperature).softmax(-1), 1, generator=generator).item()
         else:
             i = logits.argmax().item()
         ids.append(i)

@@ -61,7 +61,7 @@ def schemes(**fields):
     """(name, model, tokens) of every scheme with relative positions or none."""
     yield 'nope', *make(nope, **fields)
     yield 'composite', *make(composite, kernel_size=5, dynamic_key=True, **fields)
-    yield 'conv', *make(conv, kernel_size=5, queries_keys=True, values=True, output=True, **fields)
+    yield 'conv', *make(conv, kernel_size=5, queries_keys=True, values=True, output=True, bias=True, **fields)
     yield 'conv, dynamic convolution alone', *make(conv, kernel_size=5, mixer='dynamic', queries_keys=True, output=True, **fields)
     yield 'conv, lightweight convolution alone', *make(conv, kernel_size=5, mixer='lightweight', output=False, **fields)
 
@@ -202,7 +202,7 @@ def test_convolutions_are_banded_toeplitz_matrices():
     """Equations 2 and 3, and the dynamic convolution: each is a banded matrix times x, one per channel, head, or head and token."""
     for causal in (True, False):
         side = 'causal' if causal else 'both sides'
-        for T in (1, 3, 11):
+        for T, WIDTH in ((1, 5), (3, 5), (11, 5), (11, 1), (11, 17)):
             x, w = random(B, T, D), random(D, WIDTH)
             explicit = lambda x, w: torch.stack([x[:, :, c] @ banded(w[c], T, causal).T for c in range(D)], 2)
             check(f'depthwise convolution = banded Toeplitz matrix per channel, {side}',
@@ -220,40 +220,50 @@ def test_convolutions_are_banded_toeplitz_matrices():
 
 def test_convolution_layer_is_its_equations():
     """The whole Attention module of model_conv.py, each injection point, against explicit matrices made of its own parameters."""
+    makes = {'queries_keys': ('conv_q', 'conv_k'), 'values': ('conv_v',), 'output': ('conv_out',), 'lightweight': ('lightweight',), 'dynamic': ('dynamic',)}
+    off = dict.fromkeys(makes, False)
     for causal in (True, False):
-        for fields in (dict(output=False), dict(lightweight=False, dynamic=False, output=False, queries_keys=True), dict(values=True, output=False),
-                       dict(output=True), dict(queries_keys=True, values=True), dict(mixer='lightweight'), dict(mixer='dynamic', queries_keys=True, values=True)):
-            model, _ = make(conv, causal=causal, kernel_size=WIDTH, n_layer=1, n_head=4, n_embd=4 * D, **fields)
-            att, x = model.h[0].attn, random(B, T, 4 * D)
+        for points in (('lightweight',), ('dynamic',), ('queries_keys',), ('values',), ('output',), tuple(makes), ('mixer lightweight',), ('mixer lightweight', 'output'),
+                       ('mixer dynamic', 'queries_keys', 'values')):
+            mixer = points[0].split()[1] if points[0].startswith('mixer') else 'attention'
+            fields = {**off, **{p: True for p in points if p in makes}, 'mixer': mixer}
+            heads, bias = 3, 'values' in points  # the first of three heads is convolved
+            model, _ = make(conv, causal=causal, kernel_size=WIDTH, n_layer=1, n_head=heads, n_embd=heads * D, bias=bias, **fields)
+            att, x = model.h[0].attn, random(B, T, heads * D)
+            p = dict(att.named_parameters())
+            expected = {name for point in points for name in makes.get(point, ())} | ({mixer} if mixer != 'attention' else set())
+            if mixer == 'dynamic':
+                expected -= {'conv_k'}  # nobody reads keys
+            assert {n for n in p if not n.startswith('c_')} == expected, f'{points}: the parameters are {set(p)}'
 
             def explicit(x):
                 depthwise = lambda x, w: torch.stack([x[:, :, c] @ banded(w[c], T, causal).T for c in range(w.size(0))], 2)
+                biases = p['c_attn.bias'].split(heads * D) if bias else (0, 0, 0)
                 qkv = []
-                for weight, kernel in zip(att.c_attn.weight.split(4 * D), (att.conv_q, att.conv_k, att.conv_v)):
-                    plain = x @ weight.T
-                    if kernel is not None:  # the first two of four heads
-                        plain = torch.cat(((depthwise(x, kernel) @ weight.T)[..., :2 * D], plain[..., 2 * D:]), 2)
-                    qkv.append(plain.view(B, T, 4, D).transpose(1, 2))
+                for weight, b, name in zip(p['c_attn.weight'].split(heads * D), biases, ('conv_q', 'conv_k', 'conv_v')):
+                    plain = x @ weight.T + b
+                    if name in expected:
+                        plain = torch.cat(((depthwise(x, p[name]) @ weight.T + b)[..., :D], plain[..., D:]), 2)
+                    qkv.append(plain.view(B, T, heads, D).transpose(1, 2))
                 q, k, v = qkv
-                if att.mixer == 'attention':
+                if mixer == 'attention':
                     def score(b, h, i, j):
                         a = q[b, h, i] @ k[b, h, j] / math.sqrt(D)
-                        if att.dynamic is not None:
-                            a = a + q[b, h, i] @ att.dynamic[clip(j - i)] / math.sqrt(D)
-                        return a if att.lightweight is None else a + att.lightweight[h, clip(j - i)]
+                        if 'dynamic' in points:
+                            a = a + q[b, h, i] @ p['dynamic'][clip(j - i)] / math.sqrt(D)
+                        return a + p['lightweight'][h, clip(j - i)] if 'lightweight' in points else a
                     y = softmax_loops(score, v, causal)
                 else:  # one row of a banded matrix per token; its weights sum to one over the kernel's width
-                    kernel = lambda b, h, i: (att.lightweight[h] if att.mixer == 'lightweight' else att.dynamic @ q[b, h, i]).softmax(0)
+                    kernel = lambda b, h, i: (p['lightweight'][h] if mixer == 'lightweight' else p['dynamic'] @ q[b, h, i]).softmax(0)
                     y = torch.stack([torch.stack([torch.stack([banded(kernel(b, h, i), T, causal)[i] @ v[b, h] for i in range(T)])
-                                                  for h in range(4)]) for b in range(B)])
-                y = y.transpose(1, 2).reshape(B, T, 4 * D)
-                if att.conv_out is not None:
-                    y = y + depthwise(v.transpose(1, 2).reshape(B, T, 4 * D), att.conv_out)
-                return y @ att.c_proj.weight.T
-            inputs = [x, *[p for p in att.parameters()]]
-            gradients = lambda f: [f(x).detach(), *torch.autograd.grad(f(x), inputs, random(B, T, 4 * D, seed=99).detach(), materialize_grads=True)]
-            name = ', '.join(f'{k}={v}' for k, v in fields.items())
-            check(f'convolutional layer = explicit matrices, {"causal" if causal else "both sides"}: {name}', gradients(att), gradients(explicit), 1e-11)
+                                                  for h in range(heads)]) for b in range(B)])
+                y = y.transpose(1, 2).reshape(B, T, heads * D)
+                if 'output' in points:
+                    y = y + depthwise(v.transpose(1, 2).reshape(B, T, heads * D), p['conv_out'])
+                return y @ p['c_proj.weight'].T + (p['c_proj.bias'] if bias else 0)
+            inputs = [x, *p.values()]
+            gradients = lambda f: [f(x).detach(), *torch.autograd.grad(f(x), inputs, random(B, T, heads * D, seed=99).detach(), materialize_grads=True)]
+            check(f'convolutional layer = explicit matrices, {"causal" if causal else "both sides"}: {", ".join(points)}', gradients(att), gradients(explicit), 1e-11)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

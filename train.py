@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
             how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
                    dict(choices=get_args(kind), type=type(get_args(kind)[0])) if get_args(kind) else dict(type=kind, metavar=kind.__name__))
             note = f'{notes.get(f.name, "")} (default {f.default!r})'.replace('%', '%%')
-            group.add_argument('--' + f.name, default=argparse.SUPPRESS, help=note, **how)
+            group.add_argument('--' + f.name, default=f.default, help=note, **how)
 
 
 def load_model_file(name):
@@ -136,10 +136,10 @@ def read_config(path):
 def check(values):
     """Refuse numbers that make no sense, before anything is made."""
     share = values['batch_size'] // WORLD
+    positive = ('batch_size', 'eval_interval', 'eval_tokens', 'log_interval', 'block_size', 'n_layer', 'n_head', 'n_embd')
+    limits = {**dict.fromkeys(positive, (1, 2 ** 31)), **dict.fromkeys(('dropout', 'beta1', 'beta2'), (0, 0.9999)), 'mask_prob': (0.001, 1)}
     for name, v in values.items():
-        low = 1 if name in ('batch_size', 'eval_interval', 'eval_tokens', 'log_interval', 'block_size', 'n_layer', 'n_head', 'n_embd') else 0
-        high = 0.9999 if name in ('dropout', 'beta1', 'beta2') else 2 ** 31
-        low, high = (0.001, 1) if name == 'mask_prob' else (low, high)
+        low, high = limits.get(name, (0, 2 ** 31))
         if isinstance(v, (int, float)) and not low <= v <= high:
             die(f'--{name} must be from {low} to {high}, not {v}')
     if not re.fullmatch(r'[\w.-]*\w[\w.-]*', values['dataset']):
@@ -158,6 +158,11 @@ def newest_run(name):
     return str(max(runs, key=os.path.getmtime).parent) if runs else None
 
 
+def as_flags(values):
+    """A preset or a config.json as the flags that say the same: one parser checks them all."""
+    return [f'--no-{k}' if v is False else f'--{k}' if v is True else f'--{k}={v}' for k, v in values.items()]
+
+
 def resolve(argv):
     """Command line -> Settings, the model file, its Config, and the arguments that are no settings."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
@@ -167,40 +172,32 @@ def resolve(argv):
     parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint of --out_dir, or of the newest such run')
     parser.add_argument('--overwrite', action='store_true', help='delete the run that --out_dir holds')
     parser.add_fields(Settings, 'training')
-    first = parser.parse_known_args(argv)[0]
-    if first.resume and first.out_dir and Path(first.out_dir, 'config.json').exists():
-        first.config = Path(first.out_dir, 'config.json')
-    file = read_config(first.config) if first.config else {}
-    values = {**dataclasses.asdict(Settings()), **PRESETS[first.preset], **file, **vars(first)}
-    if first.resume and file.get('model', values['model']) != values['model']:
-        die(f'--resume cannot change model: it is {file["model"]} in {first.out_dir}, not {values["model"]}')
-    module = load_model_file(values['model'])
+    asked, out_dir = parser.parse_known_args(argv)[0], None
+    preset, file = as_flags(PRESETS[asked.preset]), read_config(asked.config) if asked.config else {}
+    first = parser.parse_known_args([*preset, *as_flags(file), *argv])[0]
+    if first.overwrite and (first.resume or not first.out_dir):
+        die('--overwrite needs --out_dir, and excludes --resume')
+    if first.resume:
+        out_dir = first.out_dir or newest_run(f'{first.model}-{first.objective}-{first.dataset}')
+        if out_dir and Path(out_dir, 'config.json').exists():
+            file = read_config(Path(out_dir, 'config.json'))
+            first = parser.parse_known_args([*preset, *as_flags(file), *argv])[0]
+            if first.model != file.get('model'):
+                die(f'--resume cannot change model: it is {file.get("model")} in {out_dir}, not {first.model}')
+    else:
+        file.pop('vocab_size', None)  # the data decides it
+    if first.objective != file.get('objective'):
+        file.pop('causal', None)  # the objective decides it
+    module = load_model_file(first.model)
 
     parser.add_argument('-h', '--help', action='help', help='show this and exit')
-    parser.add_fields(module.Config, f'model_{values["model"]}.py')
-    flags = vars(parser.parse_args(argv))
-    other = {k: flags.pop(k) for k in ('preset', 'config', 'out_dir', 'resume', 'overwrite')}
-    if not first.resume:
-        file.pop('vocab_size', None)  # the data decides it, and the objective decides causal
-    if 'objective' in flags:
-        file.pop('causal', None)
-    kinds = {**get_type_hints(Settings), **get_type_hints(module.Config)}
-    for name, value in file.items():
-        allowed = get_args(kinds.get(name)) or kinds.get(name)
-        if allowed is None:
-            die(f'--config {first.config}: there is no setting {name!r} for model {values["model"]}')
-        if not (value in allowed if isinstance(allowed, tuple) else type(value) in ((int, float) if allowed is float else (allowed,))):
-            die(f'--config {first.config}: {name} is {value!r}; allowed: {allowed}')
-    values = {**dataclasses.asdict(Settings()), **dataclasses.asdict(module.Config()), 'vocab_size': 0,  # 0: as the data needs
-              **PRESETS[first.preset], **file, **flags}
-    if 'causal' not in {**file, **flags}:
-        values['causal'] = values['objective'] == 'causal'
-    check(values)
-    pick = lambda cls: cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})
-    s, other = pick(Settings), argparse.Namespace(**other)
-    if other.resume and not other.out_dir and (found := newest_run(f'{s.model}-{s.objective}-{s.dataset}')):
-        return resolve([*argv, '--out_dir', found])
-    return s, module, pick(module.Config), other
+    parser.add_fields(module.Config, f'model_{first.model}.py')
+    parser.set_defaults(vocab_size=0, causal=first.objective == 'causal')  # 0: as many as the data needs
+    flags = parser.parse_args([*preset, *as_flags(file), *argv])
+    flags.out_dir = flags.out_dir or out_dir
+    check(vars(flags))
+    pick = lambda cls: cls(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(cls)})
+    return pick(Settings), module, pick(module.Config), flags
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,10 +247,10 @@ def load_data(s, peers):
     try:
         meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
         data = {part: np.memmap(folder / f'{part}.bin', dtype=meta['dtype'], mode='r') for part in ('train', 'val')}
-        whole = all(len(data[part]) == meta[f'{part}_tokens'] and meta[f'{part}_bytes'] for part in data) and meta['mask_id'] >= meta['vocab_size']
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        die(f'{folder} is damaged ({type(e).__name__}: {e}): delete it and prepare it again')
-    return (meta, data['train'], data['val']) if whole else die(f'{folder} is damaged: delete it and prepare it again')
+        assert meta['mask_id'] >= meta['vocab_size'] and all(len(data[part]) == meta[f'{part}_tokens'] and meta[f'{part}_bytes'] for part in data)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
+        die(f'{folder} is damaged ({type(e).__name__} {e}): delete it and prepare it again')
+    return meta, data['train'], data['val']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +281,7 @@ def choose_device(s):
         die(f'--compile on needs {lacks}, which is not here; allowed: auto, off')
     compiled = s.compile != 'off' and not lacks
     kind = torch.cuda.get_device_name(device) if cuda else f'{torch.get_num_threads()} threads'
-    say(f'device {device} ({kind}){f" x {WORLD} processes" * (WORLD > 1)}, {str(dtype)[6:]}, compile {"on" if compiled else "off"}{f" (no {lacks})" * (s.compile == "auto" and not compiled)}')
+    say(f'device {device} ({kind}){f" x {WORLD} processes" * (WORLD > 1)}, {str(dtype)[6:]}{" (TF32 products)" * (cuda and dtype == torch.float32)}, compile {"on" if compiled else "off"}{f" (no {lacks})" * (s.compile == "auto" and not compiled)}')
     return device, dtype, compiled
 
 
@@ -456,7 +453,8 @@ def main():
     device, dtype, compiled = choose_device(s)
     peers = None
     if WORLD > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        cuda = device.type == 'cuda'
+        dist.init_process_group('nccl' if cuda else 'gloo', device_id=device if cuda else None)
         peers = dist.new_group(backend='gloo', timeout=datetime.timedelta(days=1))  # others wait while one prepares the data
     meta, train, val = load_data(s, peers)
     need, T = max(meta['vocab_size'], meta['mask_id'] + 1), config.block_size
@@ -498,11 +496,17 @@ def main():
     micro = min(s.micro_batch_size or share, share)
     unit = 'token' if s.objective == 'causal' else 'masked token'
     bits = meta['val_tokens'] / meta['val_bytes'] / math.log(2)  # bits per byte = nats per token * bits
-    flops = 6 * params + 12 * config.n_layer * config.n_embd * T  # of one token, forward and backward
+    predicted = s.mask_prob if s.objective == 'masked' else 1  # share of the tokens that meet the head
+    flops = 6 * (params - (1 - predicted) * raw.wte.weight.numel()) + 12 * config.n_layer * config.n_embd * T  # per token, both ways
     peak = next((v for k, v in PEAK.items() if device.type == 'cuda' and re.search(rf'\b{k}\b', torch.cuda.get_device_name(device))), None)
     pending, signals = [], []
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda number, _: signals.append(number))
+
+    def on_signal(number, _):
+        if WORLD == 1 and number in signals:
+            os._exit(128 + number)  # asked twice: at once, with the checkpoint there is
+        signals.append(number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
 
     def forward(model, idx, targets, where):
         to = lambda a: None if a is None else torch.from_numpy(a).to(device)
@@ -519,7 +523,7 @@ def main():
         values = (values / WORLD).tolist()
         for i, (loss, norm) in enumerate(values):
             if not math.isfinite(loss + norm):
-                die(f'loss {loss}, gradient norm {norm} at step {step - len(values) + i + 1}; {out / "ckpt_last.pt"} is the last good '
+                sys.exit(1) if RANK else die(f'loss {loss}, gradient norm {norm} at step {step - len(values) + i + 1}; {out / "ckpt_last.pt"} is the last good '
                     'checkpoint. Try a lower --learning_rate, a longer --warmup_iters, --grad_clip, or --dtype float32', 1)
         window.extend(loss for loss, _ in values)
         pending.clear()
@@ -531,7 +535,7 @@ def main():
                 step=step, best=best, window=window, model=raw.state_dict(), optimizer=optimizer.state_dict(),
                 config=dataclasses.asdict(config), settings=dataclasses.asdict(s), meta=meta), f))
 
-    first, began, mark = step, time.time(), (step, time.time())
+    first, began, mark = step, (step, time.time()), (step, time.time())
     while True:
         stop, done = any_process(bool(signals), peers), step >= s.max_iters
         due = done or step % s.eval_interval == 0 or (again and step == first)
@@ -539,6 +543,7 @@ def main():
             settle()
             save_as('ckpt_last.pt')  # before the evaluation: whatever happens there, the training is kept
         if stop:
+            any_process(False, peers)  # nobody leaves before the checkpoint is written: torchrun would kill the writer
             say(f'stopped after step {step}, saved. To go on: python train.py --resume --out_dir {out}')
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
         if due:
@@ -574,13 +579,14 @@ def main():
             ms, loss = (now - mark[1]) / (step - mark[0]) * 1e3, sum(window) / len(window)
             speed = s.batch_size * T / ms * 1e3
             mfu = f'  MFU {speed * flops / peak / WORLD:.0%}' if peak and dtype == torch.bfloat16 else ''
-            left = datetime.timedelta(seconds=round((now - began) / (step - first) * (s.max_iters - step)))
+            left = datetime.timedelta(seconds=round((now - began[1]) / (step - began[0]) * (s.max_iters - step)))
             say(f'step {step:5d}/{s.max_iters}  loss {loss:.4f}  lr {lr_at(step - 1, s):.2e}  norm {norm:.2f}  '
                 f'{ms:.1f} ms  {speed:,.0f} tokens/s{mfu}  {left} left')
             if step % s.log_interval == 0:
                 log(out, step=step, train_loss=loss, lr=lr_at(step - 1, s), grad_norm=norm, ms=ms, tokens_per_s=speed)
                 window.clear()
-                mark = (step, now)
+            mark = (step, now)
+            began = mark if step == first + 1 else began  # the first step compiles: it is no measure of the rest
 
     if RANK == 0:
         plot(out)
@@ -593,7 +599,7 @@ if __name__ == '__main__':
     try:
         main()
     except torch.OutOfMemoryError as e:
-        die(f'out of GPU memory: try --micro_batch_size 1, 2, 4, ... (the curve stays the same). {str(e).splitlines()[0]}', 1)
+        die(f'out of GPU memory: try --micro_batch_size 1, 2, 4, ... (without dropout the curve stays the same). {str(e).splitlines()[0]}', 1)
     except OSError as e:
         die(e, 1)  # a full disk, a folder that may not be written
     except RuntimeError as e:

@@ -83,7 +83,12 @@ def test_initialisation(name):
 
 
 def test_initialisation_of_kernels():
-    """Chang et al.'s code: fixed kernels start at zero, query- and key-made ones uniform in +-1/sqrt(width)."""
+    """Chang et al.'s code: fixed kernels start at zero, all others uniform in +-1/sqrt(width)."""
+    module = importlib.import_module('model_conv')
+    att = module.Model(module.Config(queries_keys=True, values=True, n_embd=512)).h[0].attn
+    assert (att.lightweight == 0).all() and att.lightweight.shape == (4, 17)
+    for kernel, rows in ((att.dynamic.T, 128), (att.conv_q, 512), (att.conv_k, 512), (att.conv_v, 512), (att.conv_out, 512)):
+        assert kernel.shape == (rows, 17) and kernel.abs().max() <= 17 ** -0.5 and abs(kernel.std().item() / (17 ** -0.5 / 3 ** 0.5) - 1) < 0.05
     att = importlib.import_module('model_composite').Config(dynamic_key=True, n_embd=512)
     att = importlib.import_module('model_composite').Model(att).h[0].attn
     assert (att.fixed == 0).all() and att.fixed.shape == (4, 17) and att.dynamic.shape == att.dynamic_key.shape == (17, 128)

@@ -352,6 +352,9 @@ REFUSED = {
     '--no-causal': ['--objective causal needs --causal'],
     '--config missing.json': ['missing.json', 'No such file'],
     '--learning-rate 1': ['unrecognized arguments: --learning-rate 1', '--help'],
+    '--overwrite': ['--overwrite needs --out_dir'],
+    '--overwrite --resume --out_dir x': ['excludes --resume'],
+    '--model conv --mixer sum': ["'sum'", 'lightweight'],
     '--nonsense': ['--nonsense', '--help'],
 }
 
@@ -368,8 +371,8 @@ def test_refused_at_once(words, capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('text, parts', {
-    '{"n_layers": 2}': ["'n_layers'"], '{"n_layer": 2.5}': ['n_layer is 2.5', 'int'], '{"n_layer": true}': ['n_layer is True'],
-    '{"bias": 1}': ['bias is 1', 'bool'], '{"objective": "both"}': ["'both'", 'causal'], '[1]': ['JSON object'], '{': ['cannot be read'],
+    '{"n_layers": 2}': ['unrecognized', '--n_layers=2'], '{"n_layer": 2.5}': ['--n_layer', 'invalid int', '2.5'], '{"n_layer": true}': ['--n_layer', 'expected'],
+    '{"bias": 1}': ['--bias', "'1'"], '{"objective": "both"}': ["'both'", 'causal'], '[1]': ['JSON object'], '{': ['cannot be read'],
     '{"model": "none"}': ['model_none.py']}.items())
 def test_refused_config_files(text, parts, capsys, tmp_path):
     (tmp_path / 'c.json').write_text(text)
@@ -382,6 +385,7 @@ def test_refused_config_files(text, parts, capsys, tmp_path):
 @pytest.mark.parametrize('words, parts', [
     ('--n_head 3', ['multiple of n_head', '32 with 3']),
     ('--model composite --kernel_size 4', ['kernel_size must be odd', '4']),
+    ('--model conv --mixer lightweight --queries_keys', ['queries_keys', 'mixer lightweight']),
     ('--dataset nothere', ["'nothere'", 'python, shakespeare', '--path']),
     ('--block_size 2000000', ['--block_size', 'under']),
     ('--vocab_size 100', ['--vocab_size', '257']),

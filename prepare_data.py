@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import time
+import urllib.request
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +31,7 @@ import numpy as np
 PIECE = 2 ** 20  # characters
 # name: (where `datasets` finds it, its arguments, validation split or None, whether each row is a document, tokenizer)
 CORPORA = {
-    'shakespeare': ('text', dict(data_files='https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
-                                 keep_linebreaks=True), None, False, 'bytes'),
+    'shakespeare': ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt', {}, None, True, 'bytes'),
     'wikitext2': ('Salesforce/wikitext', dict(name='wikitext-2-raw-v1'), 'validation', False, 'gpt2'),
     'wikitext103': ('Salesforce/wikitext', dict(name='wikitext-103-raw-v1'), 'validation', False, 'gpt2'),
     'tinystories': ('roneneldan/TinyStories', {}, 'validation', True, 'gpt2'),
@@ -56,10 +56,21 @@ def standard_library():
         yield p.read_text(encoding='utf-8', errors='replace'), True
 
 
+def from_address(url):
+    """One text of the web."""
+    try:
+        with urllib.request.urlopen(url, timeout=60) as f:
+            yield f.read().decode('utf-8'), True
+    except (OSError, ValueError) as e:
+        die(f'{url} cannot be read: {e}. Without a network, --path takes a local copy')
+
+
 def from_datasets(where, split, rows_are_documents, **kwargs):
     """Rows of a data set of the hub, or of .jsonl and .parquet files, streamed; the text is in the column 'text'."""
     try:
         import datasets
+        import huggingface_hub
+        huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, once
         for n, row in enumerate(datasets.load_dataset(where, split=split, streaming=True, **kwargs)):
             if not isinstance(row.get('text'), str):
@@ -188,6 +199,8 @@ def prepare(dataset, tokenizer_name=None, path=None, data_dir='data'):
         files = split_folder(Path(path))
         errors = 'surrogateescape' if name == 'bytes' else 'strict'
         sources = {part: (row for p in files[part] for row in from_file(p, errors)) for part in files}
+    elif where and where.startswith('https:'):
+        sources = {'train': from_address(where)}
     elif dataset == 'python':
         sources = {'train': standard_library()}
     else:

@@ -27,7 +27,8 @@ def load_run(out_dir, which, device):
     if out_dir is None:
         runs = sorted(Path('out').glob('*/ckpt_last.pt'), key=lambda p: p.stat().st_mtime)
         out_dir = runs[-1].parent if runs else die('there is no run in out/: train one, or name its --out_dir')
-        print(f'run {out_dir}', file=sys.stderr)
+    if which is None:  # the best; a run stopped before its first validation has none yet
+        which = 'best' if Path(out_dir, 'ckpt_best.pt').is_file() else 'last'
     path = Path(out_dir, f'ckpt_{which}.pt')
     if not path.is_file():
         die(f'{path} does not exist; --out_dir is a folder that train.py wrote')
@@ -43,6 +44,7 @@ def load_run(out_dir, which, device):
         model.load_state_dict(checkpoint['model'])
     except (ImportError, TypeError, RuntimeError, ValueError, AttributeError, SyntaxError) as e:  # the file was changed since, or is gone
         die(f'{path} does not fit model_{name}.py as it is now: {" ".join(str(e).split())[:200]}')
+    print(f'{path}: step {checkpoint["step"]}, best validation loss so far {checkpoint["best"]:.4f}', file=sys.stderr)
     return model, checkpoint
 
 
@@ -93,7 +95,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: die(f'{message} (see python sample.py --help)')
     parser.add_argument('--out_dir', help='a folder that train.py wrote (default: the newest in out/)')
-    parser.add_argument('--ckpt', choices=('best', 'last'), default='best', help='which checkpoint (default best)')
+    parser.add_argument('--ckpt', choices=('best', 'last'), help='which checkpoint (default best, or last where there is no best yet)')
     parser.add_argument('--prompt', help='text to continue, or text with [MASK] in it')
     parser.add_argument('--num_samples', type=int, default=1, help='continuations (default 1)')
     parser.add_argument('--max_new_tokens', type=int, default=500, help='length of each (default 500)')
@@ -129,7 +131,7 @@ def main():
             die(f'absolute positions end at block_size={config.block_size}: the prompt has {len(ids)} tokens')
         show = lambda i: repr(piece(i).decode('utf-8', 'backslashreplace'))
         found = fill(model, ids, meta['mask_id'], meta['vocab_size'])
-        answers = [piece(guess[0][0]) for guess in found]
+        answers = [b'[' + piece(guess[0][0]) + b']' for guess in found]
         print(b''.join(answers.pop(0) if i == meta['mask_id'] else piece(i) for i in ids).decode('utf-8', 'replace'))
         for n, guess in enumerate(found, 1):
             print(f'[MASK] {n}: ' + '  '.join(f'{show(i)} {p:.1%}' for i, p in guess))

@@ -462,7 +462,7 @@ def main():
     if config.vocab_size < need:
         die(f'--vocab_size must be at least {need} for {s.dataset}, not {config.vocab_size}')
     if min(len(train), len(val)) <= T:
-        die(f'--block_size must be under {min(len(train), len(val))}, the tokens in a part of {s.dataset}, not {T}')
+        die(f'--block_size must be under {min(len(train), len(val))}, the tokens in the smaller part of {s.dataset}, not {T}; or take a longer text')
 
     torch.manual_seed(s.seed)
     try:
@@ -490,7 +490,10 @@ def main():
     again = any_process(again, peers)
     params = sum(p.numel() for p in raw.parameters())
     say(f'{s.model}, {s.objective}, {s.dataset} ({len(train):,} tokens): {params / 1e6:.2f}M parameters, run {out}')
-    say('settings: ' + ', '.join(f'{k} {v}' for k, v in settings.items()))
+    usual = {**dataclasses.asdict(Settings()), **dataclasses.asdict(module.Config())}
+    say(f'{out / "config.json"} has all settings; not the default: ' + ', '.join(f'{k} {v}' for k, v in settings.items() if v != usual[k]))
+    if s.warmup_iters >= s.max_iters:
+        say(f'note: the learning rate rises to the end, for --warmup_iters {s.warmup_iters} is not below --max_iters {s.max_iters}')
 
     share = s.batch_size // WORLD  # sequences of this process in a batch
     micro = min(s.micro_batch_size or share, share)
@@ -544,14 +547,14 @@ def main():
             save_as('ckpt_last.pt')  # before the evaluation: whatever happens there, the training is kept
         if stop:
             any_process(False, peers)  # nobody leaves before the checkpoint is written: torchrun would kill the writer
-            say(f'stopped after step {step}, saved. To go on: python train.py --resume --out_dir {out}')
+            say(f'stopped after step {step}, saved. To go on: {"python" if WORLD == 1 else "torchrun ..."} train.py --resume --out_dir {out}')
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
         if due:
             loss = evaluate(model, forward, val, s, micro, T, meta)
             say(f'step {step:5d}/{s.max_iters}  val loss {loss:.4f} nats per {unit}, {loss * bits:.4f} bits per byte, '
-                f'perplexity {math.exp(min(loss, 99)):.2f}{"  (best)" * (loss < best)}')
+                f'perplexity {math.exp(min(loss, 99)):.2f}{"  (best)" * (loss < best and step > 0)}')
             log(out, step=step, val_loss=loss, bits_per_byte=loss * bits)
-            if loss < best:
+            if loss < best and step:
                 best = loss
                 save_as('ckpt_best.pt')
             mark = (step, time.time())

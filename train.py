@@ -552,9 +552,9 @@ def main():
         if due:
             loss = evaluate(model, forward, val, s, micro, T, meta)
             say(f'step {step:5d}/{s.max_iters}  val loss {loss:.4f} nats per {unit}, {loss * bits:.4f} bits per byte, '
-                f'perplexity {math.exp(min(loss, 99)):.2f}{"  (best)" * (loss < best and step > 0)}')
+                f'perplexity {math.exp(min(loss, 99)):.2f}{"  (best)" * (loss < best and (step > 0 or done))}')
             log(out, step=step, val_loss=loss, bits_per_byte=loss * bits)
-            if loss < best and step:
+            if loss < best and (step or done):
                 best = loss
                 save_as('ckpt_best.pt')
             mark = (step, time.time())

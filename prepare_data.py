@@ -6,7 +6,7 @@ Text -> data/<name>/train.bin, val.bin and meta.json. train.py calls this by its
     python prepare_data.py --path novel.txt --tokenizer bytes    # a file or a folder of your own -> data/novel
 
 The .bin files are plain token ids one after the other (np.memmap reads them), without [MASK], which is the first id
-after the tokenizer's last. Text streams through in pieces of 1 MB, so memory stays small whatever the corpus.
+after the tokenizer's last. Text streams through in small pieces, so memory stays small whatever the corpus.
 """
 import argparse
 import gzip
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-PIECE = 2 ** 20  # characters
+PIECE = 2 ** 18  # characters; larger ones leave the cache
 # name: (where `datasets` finds it, its arguments, validation split or None, whether each row is a document, tokenizer)
 CORPORA = {
     'shakespeare': ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt', {}, None, True, 'bytes'),
@@ -113,7 +113,7 @@ def split_folder(path):
 # text -> ids
 
 def pieces(source):
-    """(text, end) -> lists of (text, end) of about 1 MB.
+    """(text, end) -> lists of (text, end) of about PIECE characters.
 
     A long text is cut where white space follows something else: GPT-2's pattern never joins those two, so the tokens
     are those of the whole text.

@@ -30,8 +30,9 @@ args = parser.parse_args()
 text = ''.join(t for t, _ in prepare_data.from_file(Path(args.path), 'strict'))
 raw = text.encode()
 cores = len(os.sched_getaffinity(0))
+prepare_data.tokenizer('gpt2')  # one clear line where the vocabulary cannot be had
 enc = tiktoken.get_encoding('gpt2')
-sample = [text[i:i + 2 ** 20] for i in range(0, min(len(text), 50 * 10 ** 6), 2 ** 20)]
+sample = [text[i:i + 2 ** 20] for i in range(0, len(text), 2 ** 20)][::max(1, len(text) // (50 * 2 ** 20))]  # from all over the text
 size, rates = sum(len(s.encode()) for s in sample), []
 for _ in range(3):
     began = time.time()
@@ -43,6 +44,7 @@ with tempfile.TemporaryDirectory() as folder:
     with open(Path(folder, 'text.txt'), 'wb') as f:
         for _ in range(-(-args.megabytes * 10 ** 6 // len(raw))):
             f.write(raw)
+    os.sync()  # the text is on the disk before the clock starts
     total = Path(folder, 'text.txt').stat().st_size / 1e6
     program = ('import prepare_data, re\nprepare_data.prepare("text", "gpt2", "text.txt")\n'
                'print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])')  # kB, the most it ever was (Linux)

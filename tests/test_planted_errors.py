@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,14 +69,26 @@ def plant(what, folder):
     return done.returncode, next((line for line in done.stdout.splitlines() if line.endswith('FAIL')), done.stdout[-300:] + done.stderr[-600:])
 
 
+def plant_all():
+    """{what: (exit status, first red row)}, two at a time."""
+    def one(what):
+        with tempfile.TemporaryDirectory() as folder:
+            return plant(what, folder)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(ERRORS, pool.map(one, ERRORS)))
+
+
+@pytest.fixture(scope='module')
+def caught():
+    return plant_all()
+
+
 @pytest.mark.parametrize('what', ERRORS)
-def test_planted_error_is_caught(what, tmp_path):
-    code, row = plant(what, tmp_path)
+def test_planted_error_is_caught(what, caught):
+    code, row = caught[what]
     assert code == 1 and row.endswith('FAIL'), f'{what}: not caught\n{row}'
 
 
 if __name__ == '__main__':
-    for what in ERRORS:
-        with tempfile.TemporaryDirectory() as folder:
-            code, row = plant(what, folder)
-            print(f'{what:50s} {"caught by: " + row[:80].strip() if row.endswith("FAIL") else "NOT CAUGHT " + row}', flush=True)
+    for what, (code, row) in plant_all().items():
+        print(f'{what:50s} {"caught by: " + row[:80].strip() if row.endswith("FAIL") else "NOT CAUGHT " + row}')

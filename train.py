@@ -558,6 +558,7 @@ def main():
                 best = loss
                 save_as('ckpt_best.pt')
             mark = (step, time.time())
+            began = mark if step == first else began
         if done:
             break
 

@@ -118,7 +118,7 @@ def test_kernel_alone_is_a_convolution():
     """Without content, exp(fixed kernel) over a zero-padded window is a convolution: its weights are normalised by the window's sum."""
     beta = random(H, WIDTH)
     v = random(B, H, T, D)
-    window = torch.full((1, H, T, WIDTH), -1e9, dtype=torch.float64) + 0  # shut both ends: they stand for all farther tokens
+    window = torch.full((1, H, T, WIDTH), -1e9, dtype=torch.float64)  # shut both ends: they stand for all farther tokens
     window[..., 1:-1] = beta[:, None, 1:-1].detach()
     q = torch.zeros(B, H, T, D, dtype=torch.float64)
     kernel = beta.detach().exp()[:, 1:-1]  # (H, 2K-1)

@@ -28,7 +28,10 @@ SCHEMES = {  # name: flags of train.py
     'conv-output': ['--model', 'conv', '--no-lightweight', '--no-dynamic', '--output'],
     'conv-values': ['--model', 'conv', '--no-lightweight', '--no-dynamic', '--no-output', '--values'],
     'conv-qk': ['--model', 'conv', '--no-lightweight', '--no-dynamic', '--no-output', '--queries_keys'],
-    'conv-all': ['--model', 'conv', '--output', '--values', '--queries_keys'],
+    'composite+output': ['--model', 'conv', '--lightweight', '--dynamic', '--output'],
+    'composite+values': ['--model', 'conv', '--lightweight', '--dynamic', '--no-output', '--values'],
+    'composite+qk': ['--model', 'conv', '--lightweight', '--dynamic', '--no-output', '--queries_keys'],
+    'conv-all': ['--model', 'conv', '--lightweight', '--dynamic', '--output', '--values', '--queries_keys'],
 }
 QUICK = '--max_iters 60 --n_layer 2 --n_embd 64 --batch_size 16 --warmup_iters 10 --eval_interval 20 --eval_tokens 16384'.split()
 

@@ -16,11 +16,13 @@ reads as if they were cut off). W is shared by the heads of a layer, beta is per
 image, k_j.W'_{i-j} / sqrt(hs), which the paper found not to help.
 
 Departures from the paper: pre-norm blocks, no dropout on the attention weights.
-Plain form: attend_dense. test_equivalence.py proves it equal to Shaw's embeddings, to T5's bias and to convolutions
-written as loops.
+Plain form: attend_dense, which test_equivalence.py proves equal to Shaw's embeddings, to T5's bias and to convolutions
+written as loops. Fast form: attend_fast, the paper's thesis as an algorithm: flash attention to the far tokens, a dynamic
+convolution over the 2k-1 near ones, joined exactly by their log-sum-exps; proved equal to the plain form.
 """
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -46,6 +48,7 @@ class Config:
     dynamic: bool = True  # query-made kernel (Shaw et al. 2018)
     fixed: bool = True  # learned kernel (T5)
     dynamic_key: bool = False  # key-made kernel, its offsets mirrored
+    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # with a (T, T) matrix or without (not for padding, key-made kernels, decoding); auto: without from 256 tokens on
 
 
 def visible(T, S, causal=True, valid=None, device=None):
@@ -92,6 +95,116 @@ def attend_dense(q, k, v, table, causal=True, valid=None, key_table=None):
     return att.to(v.dtype) @ v  # (B, nh, T, S) x (B, nh, S, hs) -> (B, nh, T, hs)
 
 
+def shifted(x, offset):
+    """Row i of the result is row i + offset of x (B, nh, T, hs), zero beyond the ends; |offset| < T."""
+    return F.pad(x, (0, 0, -offset, offset))
+
+
+def near_scores(q, k, near, first):
+    """q_i.k_{i+o} / sqrt(hs) + near_io for the offsets o = first, first+1, ...: (B, nh, T, W), -inf beyond the ends."""
+    T, offsets = q.size(2), range(first, first + near.size(-1))
+    s = torch.stack([(q * shifted(k, o)).sum(-1) for o in offsets], -1) / math.sqrt(q.size(-1)) + near
+    j = torch.arange(T, device=q.device)[:, None] + torch.arange(first, offsets.stop, device=q.device)  # (T, W)
+    return s.masked_fill((j < 0) | (j >= T), float('-inf'))
+
+
+def flash(q, k, v, far):
+    """Softmax attention of every query to the keys at least `far` tokens before it, by torch's own flash kernels.
+
+    q, k, v (B, nh, T, hs) -> (B, nh, T, hs), its log-sum-exp (B, nh, T) in nats, and what the kernel's backward asks for.
+    """
+    q, k, v = q[:, :, far:], k[:, :, :-far], v[:, :, :-far]
+    if q.is_cuda:
+        y, lse, _, _, _, _, *rng, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+    else:
+        (y, lse), rng = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True), []
+    return F.pad(y, (0, 0, far, 0)), F.pad(lse, (far, 0), value=float('-inf')), rng  # the first queries see nothing so far
+
+
+def flash_backward(dy, q, k, v, y, lse, far, rng):
+    """Gradients of q, k, v (B, nh, T, hs) through the weights exp(q_i.k_j / sqrt(hs) - lse_i) of flash(): lse may count more keys."""
+    dy, q, y, k, v = dy[:, :, far:], q[:, :, far:], y[:, :, far:], k[:, :, :-far], v[:, :, :-far]
+    lse, n = lse[:, :, far:].contiguous(), q.size(2)
+    if q.is_cuda:
+        d = torch.ops.aten._scaled_dot_product_flash_attention_backward(dy, q, k, v, y, lse, None, None, n, n, 0.0, True, *rng)
+    else:
+        d = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dy, q, k, v, y, lse, 0.0, True)
+    return F.pad(d[0], (0, 0, far, 0)), F.pad(d[1], (0, 0, 0, far)), F.pad(d[2], (0, 0, 0, far))
+
+
+class FarNear(torch.autograd.Function):
+    """Attention as flash attention to the far keys and a dynamic convolution over the near ones, one softmax over all.
+
+    near (B, nh, T, W) is added to the scores at offsets 1-far, 2-far, ...; right (B, nh, T), or None if causal, to those
+    from +far on. The forward pass joins the parts by their log-sum-exps. Given the log-sum-exp of all keys, the weights
+    of any part are exp(score - lse) and its gradients need nothing of the others, so the backward pass runs part by part.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, near, right, far):
+        wide = near.dtype  # sums in at least float32
+        s = near_scores(q.to(wide), k.to(wide), near, 1 - far)  # (B, nh, T, W)
+        left, lse, rng = flash(q, k, v, far)
+        parts = [(left, lse.to(wide))]
+        if right is not None:  # the mirror image
+            y, lse, more = flash(q.flip(2), k.flip(2), v.flip(2), far)
+            parts.append((y.flip(2), lse.flip(2).to(wide) + right))
+            rng = rng + more
+        lse = torch.cat([s, *(l[..., None] for _, l in parts)], -1).logsumexp(-1)  # (B, nh, T)
+        p = (s - lse[..., None]).exp()
+        y = sum(p[..., r:r + 1] * shifted(v, r + 1 - far) for r in range(p.size(-1)))
+        y = (y + sum((l - lse).exp()[..., None] * o for o, l in parts)).to(v.dtype)
+        ctx.far = far
+        ctx.save_for_backward(q, k, v, near, right, y, lse, *(parts[1] if right is not None else (None, None)), *rng)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        far = ctx.far
+        q, k, v, near, right, y, lse, y_right, l_right, *rng = ctx.saved_tensors
+        d_far = flash_backward(dy, q, k, v, y, lse, far, rng[:2])
+        wide = near.dtype
+        Q, K, V, dY = q.to(wide), k.to(wide), v.to(wide), dy.to(wide)
+        mean = (dY * y).sum(-1)  # (B, nh, T): of the weights' gradients, under the weights
+        p = (near_scores(Q, K, near, 1 - far) - lse[..., None]).exp()
+        offsets = [(r, r + 1 - far) for r in range(p.size(-1))]
+        ds = p * (torch.stack([(dY * shifted(V, o)).sum(-1) for _, o in offsets], -1) - mean[..., None])  # (B, nh, T, W)
+        scaled = ds / math.sqrt(q.size(-1))
+        dq = sum(scaled[..., r:r + 1] * shifted(K, o) for r, o in offsets)
+        dk = sum(shifted(scaled[..., r:r + 1] * Q, -o) for r, o in offsets)
+        dv = sum(shifted(p[..., r:r + 1] * dY, -o) for r, o in offsets)
+        d_right = None
+        if right is not None:
+            d_right = (l_right - lse).exp() * ((dY * y_right).sum(-1) - mean)
+            mirrored = flash_backward(*(t.flip(2) for t in (dy, q, k, v, y, lse - right)), far, rng[2:])
+            d_far = [d + m.flip(2) for d, m in zip(d_far, mirrored)]
+        return *((d + f).to(q.dtype) for d, f in zip((dq, dk, dv), d_far)), ds, d_right, None
+
+
+def has_flash(q):
+    """Whether torch has a flash kernel for q (B, nh, T, hs): on a CPU always, on a CUDA GPU in half precision."""
+    return q.device.type == 'cpu' or q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) % 8 == 0
+
+
+def attend_fast(q, k, v, table, causal=True):
+    """The value of attend_dense in memory O(T): no (T, T) tensor, forward or backward. q, k, v (B, nh, T, hs), no padding.
+
+    Clipping makes all tokens at distance >= k alike, and a softmax does not notice a number added to its whole row: less
+    the end entry, the far scores are plain q_i.k_j. ValueError where has_flash(q) is False.
+    """
+    if not has_flash(q):
+        raise ValueError(f'attend_fast wants a CPU, or a CUDA GPU with bfloat16 or float16 and heads of a multiple of 8 channels; '
+                         f'got {q.dtype}, heads of {q.size(-1)}, on {q.device.type}')
+    if table.size(-1) == 1:  # all offsets share the one entry
+        table = table.expand(*table.shape[:-1], 3)
+    far = table.size(-1) // 2
+    if q.size(2) <= far:  # nobody is far
+        return attend_dense(q, k, v, table, causal)
+    table = table.to(torch.promote_types(q.dtype, torch.float32)).expand(q.size(0), -1, -1, -1)
+    near = table[..., 1:far + 1 if causal else -1] - table[..., :1]
+    return FarNear.apply(q, k, v, near, None if causal else table[..., -1] - table[..., 0], far)
+
+
 class Attention(nn.Module):
     """Self-attention with fixed, query-made and key-made convolution kernels in its scores."""
 
@@ -101,6 +214,10 @@ class Attention(nn.Module):
             raise ValueError(f'n_embd must be a multiple of n_head, not {config.n_embd} with {config.n_head} heads')
         if config.kernel_size < 1 or config.kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd and positive, not {config.kernel_size}')
+        if config.attention not in ('auto', 'dense', 'fast'):
+            raise ValueError(f'attention must be auto, dense or fast, not {config.attention!r}')
+        if config.attention == 'fast' and config.dynamic_key:
+            raise ValueError('a key-made kernel has a dense form only: dynamic_key wants attention auto or dense')
         self.n_head, self.causal, self.content = config.n_head, config.causal, config.content
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -112,7 +229,7 @@ class Attention(nn.Module):
         self.fixed = nn.Parameter(torch.zeros(config.n_head, config.kernel_size)) if config.fixed else None
         self.dynamic = kernel() if config.dynamic else None
         self.dynamic_key = kernel() if config.dynamic_key else None
-        self.kernel_size = config.kernel_size
+        self.kernel_size, self.attention = config.kernel_size, config.attention
 
     def forward(self, x, valid=None, state=None):
         B, T, C = x.shape
@@ -131,7 +248,10 @@ class Attention(nn.Module):
             key_table = k @ self.dynamic_key.T * scale  # (B, nh, S, 2k+1)
         if not self.content:
             q = torch.zeros_like(q)
-        y = attend_dense(q, k, v, table, self.causal, valid, key_table)
+        if valid is None and key_table is None and (self.attention == 'fast' or self.attention == 'auto' and T >= 256 and has_flash(q)):
+            y = attend_fast(q, k, v, table, self.causal)
+        else:
+            y = attend_dense(q, k, v, table, self.causal, valid, key_table)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 

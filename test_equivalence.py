@@ -2,6 +2,7 @@
 What equals what: every identity this project rests on, checked forward and backward.
 
     python test_equivalence.py            # a table: what equals what, largest difference, tolerance; exit 1 if one fails
+    python test_equivalence.py --first    # ends at the first failure
     python -m pytest test_equivalence.py  # the same as tests
 
 The left side of each row is the code of a model file, the right side is written here, with explicit loops or explicit
@@ -43,7 +44,7 @@ def random(*shape, seed=0, scale=1.0):
 def with_gradients(f, inputs):
     """[value, gradient of every input] under a fixed random cotangent."""
     y = f(*inputs)
-    return [y.detach(), *torch.autograd.grad(y, inputs, random(*y.shape, seed=99).detach())]
+    return [y.detach(), *torch.autograd.grad(y, inputs, random(*y.shape, seed=99).detach().to(y))]
 
 
 def make(module, seed=0, **fields):
@@ -62,6 +63,7 @@ def schemes(**fields):
     yield 'nope', *make(nope, **fields)
     yield 'composite', *make(composite, kernel_size=5, dynamic_key=True, **fields)
     yield 'conv', *make(conv, kernel_size=5, queries_keys=True, values=True, output=True, bias=True, **fields)
+    yield 'conv, outside the scores', *make(conv, kernel_size=5, lightweight=False, dynamic=False, values=True, **fields)
     yield 'conv, dynamic convolution alone', *make(conv, kernel_size=5, mixer='dynamic', queries_keys=True, output=True, **fields)
     yield 'conv, lightweight convolution alone', *make(conv, kernel_size=5, mixer='lightweight', output=False, **fields)
 
@@ -186,6 +188,59 @@ def test_extreme_biases():
               with_gradients(lambda q, k, v, t: composite.attend_dense(q, k, v, t), inputs),
               with_gradients(lambda q, k, v, t: softmax_loops(lambda b, h, i, j: q[b, h, i] @ k[b, h, j] / math.sqrt(D) + t[b, h, i, clip(j - i)], v, True), inputs),
               1e-11, least=1)  # saturated: most gradients vanish
+
+
+def test_far_and_near_are_the_dense_form():
+    """attend_fast against loops over single queries, and against attend_dense at more lengths than loops can take."""
+    for causal in (True, False):
+        side = 'causal' if causal else 'both sides'
+        for size in (1.0, 300.0, -300.0):
+            inputs = random(B, H, T, D), random(B, H, T, D, seed=1), random(B, H, T, D, seed=2), random(B, H, T, WIDTH, scale=size)
+            check(f'far + near = loops, {side}, {"biases of hundreds of nats" if size != 1 else "biases of a nat"}',
+                  with_gradients(lambda q, k, v, t: composite.attend_fast(q, k, v, t, causal), inputs),
+                  with_gradients(lambda q, k, v, t: softmax_loops(lambda b, h, i, j: q[b, h, i] @ k[b, h, j] / math.sqrt(D) + t[b, h, i, clip(j - i)], v, causal), inputs),
+                  1e-11, least=1)
+        for n in (1, 2, 8, 9, 10, 17, 67, 301):
+            for k in (0, 1, 2, 8):
+                for heads in (1, B):  # one table for the whole batch, or one each
+                    inputs = random(B, H, n, D), random(B, H, n, D, seed=1), random(B, H, n, D, seed=2), random(heads, H, n, 2 * k + 1, scale=3)
+                    for module in (composite, conv):
+                        check(f'far + near = dense, {side}, 1 to 301 tokens, kernels of 1 to 17', with_gradients(lambda q, k, v, t: module.attend_fast(q, k, v, t, causal), inputs),
+                              with_gradients(lambda q, k, v, t: composite.attend_dense(q, k, v, t, causal), inputs), 1e-11, least=1)
+        slope = torch.linspace(-500, 500, WIDTH, dtype=torch.float64).expand(1, H, T, WIDTH)
+        for sign in (1, -1):  # all the weight on one end or the other
+            inputs = random(B, H, T, D), random(B, H, T, D, seed=1), random(B, H, T, D, seed=2), (sign * slope).clone().requires_grad_()
+            check(f'far + near = dense, {side}, biases from -500 to +500 nats', with_gradients(lambda q, k, v, t: composite.attend_fast(q, k, v, t, causal), inputs),
+                  with_gradients(lambda q, k, v, t: composite.attend_dense(q, k, v, t, causal), inputs), 1e-11, least=1)
+
+
+def test_far_and_near_in_low_precision():
+    """float32 and bfloat16: far + near is not much farther from float64 than the dense form is."""
+    for causal in (True, False):
+        for dtype, unit in ((torch.float32, 6e-8), (torch.bfloat16, 4e-3)):
+            exact = [random(2, 2, 200, 16, seed=i).detach().to(dtype).double() for i in range(3)] + [random(2, 2, 200, 17, scale=3).detach().float().double()]
+            ours, dense, reference = (with_gradients(lambda q, k, v, t: f(q, k, v, t, causal).double(), [x.to(d).requires_grad_() for x, d in zip(exact, dtypes)])
+                                      for f, dtypes in ((composite.attend_fast, [dtype] * 3 + [torch.float32]), (composite.attend_dense, [dtype] * 3 + [torch.float32]),
+                                                        (composite.attend_dense, [torch.float64] * 4)))
+            for name, a, b, c in zip(('value', 'dq', 'dk', 'dv', 'dtable'), ours, dense, reference):
+                limit = 2 * ((b - c).abs().max() / c.abs().max()).item() + 16 * unit
+                check(f'far + near in {str(dtype)[6:]} is as exact as dense, {"causal" if causal else "both sides"}: {name}', a, c, limit)
+
+
+def test_fast_and_dense_models_agree():
+    """Whole models: attention='fast', 'auto' at a length where it takes the fast form, and 'dense'."""
+    for causal in (True, False):
+        for module in (composite, conv):
+            model, _ = make(module, causal=causal, kernel_size=WIDTH, block_size=260)
+            idx = torch.randint(50, (2, 260), generator=torch.Generator().manual_seed(1))
+            outs = []
+            for form in ('dense', 'fast', 'auto'):
+                for block in model.h:
+                    block.attn.attention = form
+                logits, loss = model(idx, idx.roll(-1, 1))
+                outs.append([logits.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+            for form, out in zip(('fast', 'auto'), outs[1:]):
+                check(f'{module.__name__}, attention={form!r} = dense, {"causal" if causal else "both sides"}', out, outs[0], 1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,6 +458,12 @@ def test_bfloat16_and_compile_on_a_gpu():
                 with torch.autocast('cuda', torch.bfloat16):
                     check(f'{name}: bf16 = float32 on a GPU', model.hidden(idx, valid)[valid], reference[valid], 0.1)
                     check(f'{name}: bf16 compiled = float32 on a GPU', torch.compile(model.hidden)(idx, valid)[valid], reference[valid], 0.1)
+        for T in (1, 8, 9, 200, 1031):
+            exact = [torch.randn(2, 4, T, n, device='cuda').to(dtype) for n, dtype in ((64, torch.bfloat16),) * 3 + ((17, torch.float32),)]
+            reference = with_gradients(lambda *x: composite.attend_dense(*x, causal), [x.float().requires_grad_() for x in exact])
+            for form, f in (('eager', composite.attend_fast), ('compiled', torch.compile(composite.attend_fast))):
+                check(f'far + near in bf16 = dense in float32 on a GPU, {form}, {"causal" if causal else "both sides"}',
+                      with_gradients(lambda *x: f(*x, causal), [x.clone().requires_grad_() for x in exact]), reference, 0.03)
 
 
 def main():
@@ -415,6 +476,8 @@ def main():
             failures += 1
             if not ROWS or not str(e).startswith(ROWS[-1][0]):  # failed before its row could be written
                 ROWS.append((f'{name}: {type(e).__name__} {" ".join(str(e).split())[:60]}', math.inf, 0.0))
+            if '--first' in sys.argv:
+                break
     table = {}
     for claim, difference, tolerance in ROWS:  # the same claim checked many times: the worst of them
         worse = min if isinstance(tolerance, str) else max

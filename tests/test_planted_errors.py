@@ -1,6 +1,6 @@
 """The equalities can fail: plant one error at a time in a copy of the model files, and test_equivalence.py turns red.
 
-    python tests/test_planted_errors.py    # the table: error, and the first row that catches it
+    python tests/test_planted_errors.py    # the table: error, and the first row that catches it; with a word, the errors that have it in their name
 """
 import os
 import shutil
@@ -30,6 +30,19 @@ ERRORS = {  # what: (files, right, wrong); the right text stands exactly once in
     'key-made kernel made by the queries': (COMPOSITE, 'k @ self.dynamic_key.T', 'F.pad(q, (0, 0, k.size(2) - T, 0)) @ self.dynamic_key.T'),
     'content kept when switched off': (COMPOSITE, 'q = torch.zeros_like(q)', 'pass'),
     'softmax over the queries': (COMPOSITE, '.softmax(-1)\n', '.softmax(-2)\n'),
+    'near window short by one': (COMPOSITE, 'table[..., 1:far + 1 if causal else -1]', 'table[..., 1:far if causal else -2]'),
+    'far keys one too near': (COMPOSITE, 'q, k, v = q[:, :, far:], k[:, :, :-far], v[:, :, :-far]', 'q, k, v = q[:, :, far - 1:-1], k[:, :, :-far], v[:, :, :-far]'),
+    'far part joined without its log-sum-exp': (COMPOSITE, 'sum((l - lse).exp()[..., None] * o for', 'sum(o for'),
+    'near part softmaxed by itself': (COMPOSITE, 'lse = torch.cat([s, *(l[..., None] for _, l in parts)], -1).logsumexp(-1)', 'lse = s.logsumexp(-1)'),
+    'end entry of the left not taken off': (COMPOSITE, ' - table[..., :1]', ''),
+    'end entries of left and right exchanged': (COMPOSITE, 'None if causal else table[..., -1] - table[..., 0]', 'None if causal else table[..., 0] - table[..., -1]'),
+    'right side not mirrored': (COMPOSITE, 'parts.append((y.flip(2), lse.flip(2)', 'parts.append((y, lse'),
+    'near keys beyond the ends not masked': (COMPOSITE, '(j < 0) | (j >= T)', '(j < 0) & (j >= T)'),
+    'near convolution of the values mirrored': (COMPOSITE, 'shifted(v, r + 1 - far)', 'shifted(v, far - r - 1)'),
+    'backward: far part with its own mean': (COMPOSITE, 'd_far = flash_backward(dy, q, k, v, y, lse,', 'd_far = flash_backward(dy, q, k, v, y * 0, lse,'),
+    'backward: right side without its end entry': (COMPOSITE, 'dy, q, k, v, y, lse - right', 'dy, q, k, v, y, lse'),
+    'backward: gradients of near keys not moved back': (COMPOSITE, 'shifted(scaled[..., r:r + 1] * Q, -o)', 'shifted(scaled[..., r:r + 1] * Q, o)'),
+    'backward: scale dropped': (COMPOSITE, 'scaled = ds / math.sqrt(q.size(-1))', 'scaled = ds'),
     'query and key exchanged': (ALL, 'q, k, v = (t.view', 'k, q, v = (t.view'),
     'heads split along time': (ALL, 't.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)', 't.reshape(B, self.n_head, T, C // self.n_head)'),
     'one token of the future seen': (ALL, 'see = j <= i if causal', 'see = j <= i + 1 if causal'),
@@ -65,17 +78,17 @@ def plant(what, folder):
         text = (Path(folder) / name).read_text(encoding='utf-8')
         assert text.count(right) == 1, f'{right!r} stands {text.count(right)} times in {name}: the table of errors is out of date'
         (Path(folder) / name).write_text(text.replace(right, wrong), encoding='utf-8')
-    done = subprocess.run([sys.executable, 'test_equivalence.py'], cwd=folder, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run([sys.executable, 'test_equivalence.py', '--first'], cwd=folder, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     return done.returncode, next((line for line in done.stdout.splitlines() if line.endswith('FAIL')), done.stdout[-300:] + done.stderr[-600:])
 
 
-def plant_all():
+def plant_all(errors=ERRORS):
     """{what: (exit status, first red row)}, two at a time."""
     def one(what):
         with tempfile.TemporaryDirectory() as folder:
             return plant(what, folder)
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(ERRORS, pool.map(one, ERRORS)))
+        return dict(zip(errors, pool.map(one, errors)))
 
 
 @pytest.fixture(scope='module')
@@ -90,5 +103,5 @@ def test_planted_error_is_caught(what, caught):
 
 
 if __name__ == '__main__':
-    for what, (code, row) in plant_all().items():
+    for what, (code, row) in plant_all([what for what in ERRORS if not sys.argv[1:] or sys.argv[1] in what]).items():
         print(f'{what:50s} {"caught by: " + row[:80].strip() if row.endswith("FAIL") else "NOT CAUGHT " + row}')

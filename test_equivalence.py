@@ -2,12 +2,13 @@
 What equals what: every identity this project rests on, checked forward and backward.
 
     python test_equivalence.py            # a table: what equals what, largest difference, tolerance; exit 1 if one fails
-    python test_equivalence.py --first    # ends at the first failure
+    python test_equivalence.py conv       # those about model_conv.py alone; --first: ends at the first failure
     python -m pytest test_equivalence.py  # the same as tests
 
 The left side of each row is the code of a model file, the right side is written here, with explicit loops or explicit
 matrices, and never calls what it checks. Exact claims are in float64.
 """
+import inspect
 import math
 import sys
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 
 import model_composite as composite
 import model_conv as conv
+import model_kernelized as kernelized
 import model_nope as nope
 
 ROWS = []  # (claim, difference, tolerance): what the script prints
@@ -65,6 +67,9 @@ def schemes(**fields):
     yield 'conv', *make(conv, kernel_size=5, queries_keys=True, values=True, output=True, bias=True, **fields)
     yield 'conv, outside the scores', *make(conv, kernel_size=5, lightweight=False, dynamic=False, values=True, **fields)
     yield 'conv, dynamic convolution alone', *make(conv, kernel_size=5, mixer='dynamic', queries_keys=True, output=True, **fields)
+    yield 'kernelized', *make(kernelized, max_distance=4, n_features=8, **fields)
+    yield 'kernelized, chunked', *make(kernelized, max_distance=3, n_features=8, attention='chunked', feature_map='orf', **fields)
+    yield 'kernelized, plain random features', *make(kernelized, normalize=False, rpe=False, n_features=8, **fields)
     yield 'conv, lightweight convolution alone', *make(conv, kernel_size=5, mixer='lightweight', output=False, **fields)
 
 
@@ -322,6 +327,170 @@ def test_convolution_layer_is_its_equations():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# kernelized attention with relative positions (Luo et al.)
+
+def test_toeplitz_is_circulant_fft():
+    for n in (1, 2, 5, 16, 31):
+        c, x = random(3, 2 * n - 1), random(2, 3, n)  # asymmetric
+        explicit = lambda c, x: torch.stack([sum(c[:, j - i + n - 1] * x[:, :, j] for j in range(n)) for i in range(n)], -1)
+        check('Toeplitz matrix times vector = circulant FFT', with_gradients(kernelized.toeplitz_fft, [c, x]), with_gradients(explicit, [c, x]), 1e-11, least=1)
+
+
+def equation_10(q, k, v, b, causal, valid=None):
+    """Kernelized attention with relative positions, one query at a time -> (B, nh, T, hs)."""
+    R, rows = b.size(1) // 2, []
+    for i in range(q.size(2)):
+        weights = []
+        for j in range(k.size(2)):
+            seen = (j <= i or not causal) * (torch.ones(q.size(0)) if valid is None or i == j else valid[:, j])  # (B,)
+            weights.append((q[:, :, i] * k[:, :, j]).sum(-1) * b[:, max(-R, min(R, j - i)) + R].exp() * seen[:, None])
+        a = torch.stack(weights, -1)  # (B, nh, T)
+        rows.append(torch.einsum('bhj,bhjd->bhd', a / a.sum(-1, keepdim=True), v))
+    return torch.stack(rows, 2)
+
+
+def kernelized_inputs(n, R, seed=0, m=6):
+    positive = lambda seed: random(B, H, n, m, seed=seed).detach().exp().requires_grad_()
+    return positive(seed), positive(seed + 1), random(B, H, n, D, seed=seed + 2), random(H, 2 * R + 1, seed=seed)
+
+
+def test_dense_fft_and_chunked_are_equation_10():
+    """Three forms against loops over single queries: every length against every reach of b and every chunk, padded or not."""
+    for causal in (True, False):
+        side = 'causal' if causal else 'both sides'
+        for n, R in ((1, 0), (1, 3), (9, 0), (9, 1), (9, 4), (9, 8), (9, 20), (23, 0), (23, 1), (23, 3), (23, 4), (23, 5), (23, 22), (23, 40)):
+            for valid in (None, torch.rand(B, n, generator=torch.Generator().manual_seed(n)) > 0.4):
+                inputs, padded = kernelized_inputs(n, R), 'padded' if valid is not None else 'no padding'
+                reference = with_gradients(lambda *x: equation_10(*x, causal, valid), inputs)
+                check(f'kernelized, dense = equation 10 as loops, {side}, {padded}', with_gradients(lambda *x: kernelized.attend_dense(*x, causal, valid), inputs), reference, 1e-11, least=1)
+                check(f'kernelized, FFT = equation 10 as loops, {side}, {padded}', with_gradients(lambda *x: kernelized.attend_fft(*x, causal, valid), inputs), reference, 1e-10, least=1)
+                for chunk in (1, 2, 4, 7, 23, 64):
+                    check(f'kernelized, chunked = equation 10 as loops, {side}, {padded}',
+                          with_gradients(lambda *x: kernelized.attend_chunked(*x, causal, valid, chunk), inputs), reference, 1e-11, least=1)
+
+
+def test_running_state_is_equation_10():
+    """Pieces of any size, prompts of several lengths: the state's sums and last R keys give what all keys would."""
+    for R in (0, 1, 3, 30):
+        for pieces in ([1] * 23, [9, 1, 1, 5, 7], [23]):
+            q, k, v, b = kernelized_inputs(23, R)
+            valid = torch.arange(23) >= torch.tensor([[0], [6]])  # the second is padded on the left
+            state = {}
+            y = torch.cat([kernelized.attend_recurrent(*part, b, ok, state) for *part, ok in zip(*(x.split(pieces, 2) for x in (q, k, v)), valid.split(pieces, 1))], 2)
+            reference = equation_10(q, k, v, b, True, valid)
+            check('kernelized, running state = equation 10 as loops', [y[0], y[1, :, 6:]], [reference[0], reference[1, :, 6:]])
+            assert state['k'].size(2) == min(R, 23) and state['kv'].shape == (B, H, 6, D), 'the state grows with the text'
+
+
+def test_kernelized_layer_is_its_equations():
+    """The whole Attention module, each feature map, with and without normalisation and b, from its own parameters."""
+    for causal in (True, False):
+        for fields in (dict(), dict(normalize=False), dict(rpe=False), dict(normalize=False, rpe=False), dict(feature_map='trf'), dict(feature_map='trf', normalize=False, n_features=200),
+                       dict(feature_map='orf'), dict(feature_map='sphere')):
+            model, _ = make(kernelized, causal=causal, n_layer=1, n_head=H, n_embd=H * D, **{**dict(max_distance=3, n_features=8), **fields})
+            att, x, m = model.h[0].attn, random(B, T, H * D), model.config.n_features
+
+            def phi(x):
+                x = x / x.norm(dim=-1, keepdim=True) if att.normalize else x / D ** 0.25
+                if model.config.feature_map == 'trf':
+                    scale = (x.pow(2).sum(-1, keepdim=True) / 2).exp() / m ** 0.5
+                    return torch.cat([scale * torch.sin(x @ att.w.T), scale * torch.cos(x @ att.w.T)], -1)
+                return torch.stack([torch.exp(x @ w - x.pow(2).sum(-1) / 2) / m ** 0.5 for w in att.w], -1)
+
+            def explicit(x):
+                q, k, v = (F.linear(x, w).view(B, T, H, D).transpose(1, 2) for w in att.c_attn.weight.split(H * D))
+                y = equation_10(phi(q), phi(k), v, torch.zeros(H, 1, dtype=torch.float64) if att.b is None else att.b, causal)
+                return F.linear(y.transpose(1, 2).reshape(B, T, H * D), att.c_proj.weight)
+            inputs = [x, *att.parameters()]
+            check(f'kernelized attention = its equations, {"causal" if causal else "both sides"}: {", ".join(f"{k}={v}" for k, v in fields.items()) or "the defaults"}',
+                  with_gradients(lambda x, *_: att(x), inputs), with_gradients(lambda x, *_: explicit(x), inputs), 1e-9)
+
+
+def test_positive_random_features():
+    """Lemma 2: unbiased, with variance (exp(|x+y|^2) - 1) exp(2 x.y) / m. Theorem 3's direction: larger norms, larger error; more features, smaller."""
+    x, y = F.normalize(random(D, seed=1).detach(), dim=0) * 0.6, F.normalize(random(D, seed=2).detach(), dim=0) * 0.8
+    torch.manual_seed(0)
+    m, draws = 16, 60000
+    w = kernelized.random_matrix(m * draws, D).double()
+    product = lambda kind: (kernelized.features(x, w, kind) * kernelized.features(y, w, kind)) * m * draws  # one feature each, not averaged
+    estimates = product('prf').view(draws, m).mean(1)
+    check('positive random features are unbiased (60,000 draws)', estimates.mean(), (x @ y).exp(), 0.01)
+    variance = ((x + y).square().sum().exp() - 1) * (2 * x @ y).exp() / m
+    check('their variance is that of Lemma 2', estimates.var(), variance, 0.05)
+    check('trigonometric features are unbiased', product('trf').view(2, draws * m).sum(0).mean(), (x @ y).exp(), 0.01)
+    check('features for queries differ by one factor per token', kernelized.features(x, w[:8], 'prf', stable=True) / kernelized.features(x, w[:8]),
+          (-(x @ w[:8].T).max() + x.square().sum() / 2).exp().expand(8))
+    w = kernelized.random_matrix(3 * D, D, 'orf').view(3, D, D).double()
+    check('orthogonal features: the rows of a block are', w @ w.transpose(1, 2), torch.diag_embed(w.square().sum(-1)), 1e-5)
+    check('features on a sphere have one length', kernelized.random_matrix(20, D, 'sphere').norm(dim=1), torch.full((20,), D ** 0.5), 1e-5)
+
+    def error(size, m):
+        """Mean L1 distance of one row of attention over 64 keys from the softmax."""
+        q, k = (F.normalize(random(64, 32, seed=s).detach(), dim=1) * size for s in (3, 4))
+        a = [kernelized.features(q, w) @ kernelized.features(k, w).T for w in kernelized.random_matrix(50 * m, 32).double().split(m)]
+        exact = (q @ k.T).softmax(1)
+        return sum((p / p.sum(1, keepdim=True) - exact).abs().sum(1).mean() for p in a) / 50
+    check_apart('Theorem 3: error at norm 2 less that at norm 1', error(2, 64), error(1, 64), 0.2)
+    check_apart('Theorem 3: error of 16 features less that of 256', error(1, 16), error(1, 256), 0.2)
+    assert error(2, 64) > error(1, 64) and error(1, 16) > error(1, 256)
+
+
+def test_many_features_are_softmax_attention():
+    """With many features, kernelized attention with b is softmax attention of the normalised queries and keys with T5's bias b."""
+    torch.manual_seed(0)
+    w = kernelized.random_matrix(2 ** 16, D)
+    q, k = (F.normalize(random(B, H, T, D, seed=s).detach(), dim=-1) for s in (0, 1))
+    v, b = random(B, H, T, D, seed=2).detach(), random(H, WIDTH).detach()
+    exact = softmax_loops(lambda n, h, i, j: q[n, h, i] @ k[n, h, j] + b[h, clip(j - i)], v, True)
+    check('kernelized attention with 65,536 features = softmax with the same b', kernelized.attend_dense(kernelized.features(q, w), kernelized.features(k, w), v, b), exact, 0.02)
+
+
+def test_kernelized_extremes():
+    """float32, b from -100 to +100 nats either way, vanishing vectors, one token, one valid key: finite, and equal to float64 loops."""
+    n, w = 23, random(8, D, seed=5).detach().float()
+    for causal in (True, False):
+        side = 'causal' if causal else 'both sides'
+        for R in (3, 30):
+            for slope in (1, -1):
+                b = (slope * torch.linspace(-100, 100, 2 * R + 1)).expand(H, -1)
+                for valid in (None, torch.arange(n).expand(B, n) == 4):
+                    q, k = (kernelized.features(F.normalize(random(B, H, n, D, seed=s).detach().float(), dim=-1), w) for s in (0, 1))
+                    q[:, :, 5], k[:, :, 6] = kernelized.features(torch.zeros(D), w), kernelized.features(torch.zeros(D), w)
+                    inputs = [x.clone().requires_grad_() for x in (q, k, random(B, H, n, D, seed=2).detach().float(), b)]
+                    reference = with_gradients(lambda *x: equation_10(*x, causal, valid), [x.detach().double().requires_grad_() for x in inputs])
+                    for name, form in (('dense', kernelized.attend_dense), ('chunked', lambda *x: kernelized.attend_chunked(*x, chunk=4))):
+                        check(f'kernelized, {name}, float32, b from -100 to 100 nats = float64 loops, {side}', with_gradients(lambda *x: form(*x, causal, valid), inputs), reference, 2e-4, least=1)
+                    values = with_gradients(lambda *x: kernelized.attend_fft(*x, causal, valid), inputs)
+                    assert all(x.isfinite().all() for x in values), 'attend_fft is not finite'
+                    if causal and valid is None:
+                        state = {}
+                        y = torch.cat([kernelized.attend_recurrent(*(x[:, :, i:i + 1] for x in inputs[:3]), inputs[3], torch.ones(B, 1, dtype=torch.bool), state) for i in range(n)], 2)
+                        check('kernelized, running state, float32, b from -100 to 100 nats = float64 loops', y, reference[0], 2e-4, least=1)
+    for normalize in (True, False):  # inputs of any size through the whole module
+        model, _ = make(kernelized, n_layer=1, normalize=normalize, max_distance=3)
+        for size in (0.0, 1e-8, 30.0, 1000.0):
+            for n in (1, 9):
+                y = model.float().h[0].attn(size * torch.randn(2, n, 16, generator=torch.Generator().manual_seed(0)))
+                assert y.isfinite().all(), f'normalize={normalize}, input of size {size}: not finite'
+                assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), list(model.h[0].attn.parameters()))), f'gradient, normalize={normalize}, size {size}'
+
+
+def test_forms_of_the_kernelized_model_agree():
+    """Whole models at a length where auto takes the chunked form: auto = dense = FFT."""
+    for causal in (True, False):
+        model, _ = make(kernelized, causal=causal, max_distance=5)
+        idx = torch.randint(50, (2, 300), generator=torch.Generator().manual_seed(1))
+        outs = []
+        for form in ('dense', 'fft', 'chunked', 'auto'):
+            for block in model.h:
+                block.attn.attention = form
+            logits, loss = model(idx, idx.roll(-1, 1))
+            outs.append([logits.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+        for form, out in zip(('fft', 'chunked', 'auto'), outs[1:]):
+            check(f'model_kernelized, attention={form!r} = dense, {"causal" if causal else "both sides"}', out, outs[0], 1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # no positions (Chi et al.)
 
 def test_uniform_causal_attention_has_variance_1_over_m():
@@ -469,7 +638,10 @@ def test_bfloat16_and_compile_on_a_gpu():
 def main():
     torch.set_num_threads(1)  # many tiny tensors
     failures = 0
+    models = [word for word in sys.argv[1:] if not word.startswith('--')]
     for name, test in [(n, t) for n, t in globals().items() if n.startswith('test_')]:
+        if models and not any(model in inspect.getsource(test) or 'schemes(' in inspect.getsource(test) for model in models):
+            continue
         try:
             test()
         except Exception as e:  # whatever it is, the table goes on and the row is red

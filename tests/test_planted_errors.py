@@ -14,6 +14,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 ALL, COMPOSITE, CONV = 'model_nope.py model_composite.py model_conv.py', 'model_composite.py', 'model_conv.py'
+KERNELIZED = 'model_kernelized.py'
 ERRORS = {  # what: (files, right, wrong); the right text stands exactly once in each of the files
     'offset mirrored': (COMPOSITE, 'rows = torch.cat((first', 'kernel, first, last = kernel.flip(-1), last, first\n    rows = torch.cat((first'),
     'offset off by one': (COMPOSITE, 'left, right = T - 1 + past - k, n - past - k', 'left, right = T + past - k, n - past - k - 1'),
@@ -43,6 +44,29 @@ ERRORS = {  # what: (files, right, wrong); the right text stands exactly once in
     'backward: right side without its end entry': (COMPOSITE, 'dy, q, k, v, y, lse - right', 'dy, q, k, v, y, lse'),
     'backward: gradients of near keys not moved back': (COMPOSITE, 'shifted(scaled[..., r:r + 1] * Q, -o)', 'shifted(scaled[..., r:r + 1] * Q, o)'),
     'backward: scale dropped': (COMPOSITE, 'scaled = ds / math.sqrt(q.size(-1))', 'scaled = ds'),
+    'kernelized: circulant flipped': (KERNELIZED, 'c[..., :T].flip(-1), c[..., T:].flip(-1)', 'c[..., T - 1:], c[..., :T - 1]'),
+    'kernelized: circulant without padding': (KERNELIZED, 'column = torch.cat((past, torch.zeros_like(c[..., :1]), future), -1)', 'column = past + F.pad(future, (1, 0))'),
+    'kernelized: gradient of the circulant a convolution': (KERNELIZED, '(X.conj() * dY)', '(X * dY)'),
+    'kernelized: gradient through the circulant not transposed': (KERNELIZED, 'dY * c.conj()', 'dY * c'),
+    'kernelized: largest log-weight not taken off, dense': (KERNELIZED, 'top = bias.detach().amax(-1, keepdim=True)  #', 'top = torch.zeros(())  #'),
+    'kernelized: largest log-weight not taken off, chunked': (KERNELIZED, 'top = bias.detach().amax(-1, keepdim=True)\n', 'top = torch.full((), -1e9)\n'),
+    'kernelized: normaliser without the bias': (KERNELIZED, 'att.to(v.dtype) @ v, att.sum(-1, keepdim=True)', 'att.to(v.dtype) @ v, (q @ k.transpose(-2, -1)).sum(-1, keepdim=True)'),
+    'kernelized: far constant of the wrong side': (KERNELIZED, 'sides = [(b[:, 0], [before', 'sides = [(b[:, -1], [before'),
+    'kernelized: running sums off by one chunk': (KERNELIZED, '(P + 1, 0))[:, :, :N]', '(P, 0))[:, :, :N]'),
+    'kernelized: one near chunk too few': (KERNELIZED, 'max(0, -(-(R - 1) // c))', 'max(0, (R - 1) // c)'),
+    'kernelized: right side not mirrored back': (KERNELIZED, 'before(x.flip(2)).flip(2)', 'before(x.flip(2))'),
+    'kernelized: future seen inside a chunk': (KERNELIZED, 'see = see & (j <= i)', 'see = see & (j < c)'),
+    'kernelized: queries and keys not normalised': (KERNELIZED, 'q, k = F.normalize(q, dim=-1, eps=1e-4), F.normalize(k, dim=-1, eps=1e-4)', 'q, k = q, k'),
+    'kernelized: normalised over the whole sequence': (KERNELIZED, 'F.normalize(k, dim=-1, eps=1e-4)', 'F.normalize(k, dim=-2, eps=1e-4)'),
+    'kernelized: scale of plain random features': (KERNELIZED, 'k * k.size(-1) ** -0.25', 'k * k.size(-1) ** -0.5'),
+    'kernelized: norm of the keys left out': (KERNELIZED, 'keepdim=True) if stable else square)', 'keepdim=True) if stable else 0 * square)'),
+    'kernelized: padding kept in the normaliser': (KERNELIZED, 'kept.sum(3, keepdim=True)', 'k.sum(3, keepdim=True)'),
+    'kernelized: padding kept by the FFT': (KERNELIZED, 'kept = k if valid is None else', 'kept = k if True else'),
+    'kernelized: padding kept in the state': (KERNELIZED, 'kept = k[:, :, :old] * valid[:, None, :old, None]', 'kept = k[:, :, :old]'),
+    'kernelized: a key joins the sums too early': (KERNELIZED, 'old = max(0, k.size(2) - b.size(-1) // 2)', 'old = max(0, k.size(2) + 1 - b.size(-1) // 2)'),
+    'kernelized: state forgets the normaliser': (KERNELIZED, "k_sum=past['k_sum'] + kept", "k_sum=0 * past['k_sum'] + kept"),
+    'kernelized: far keys never counted in the state': (KERNELIZED, "any=past['any'] | valid[:, :old].any(1)", "any=past['any']"),
+    'kernelized: sine without cosine': (KERNELIZED, 'torch.cat((wx.sin(), wx.cos()), -1)', 'torch.cat((wx.sin(), wx.sin()), -1)'),
     'query and key exchanged': (ALL, 'q, k, v = (t.view', 'k, q, v = (t.view'),
     'heads split along time': (ALL, 't.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)', 't.reshape(B, self.n_head, T, C // self.n_head)'),
     'one token of the future seen': (ALL, 'see = j <= i if causal', 'see = j <= i + 1 if causal'),
@@ -78,7 +102,7 @@ def plant(what, folder):
         text = (Path(folder) / name).read_text(encoding='utf-8')
         assert text.count(right) == 1, f'{right!r} stands {text.count(right)} times in {name}: the table of errors is out of date'
         (Path(folder) / name).write_text(text.replace(right, wrong), encoding='utf-8')
-    done = subprocess.run([sys.executable, 'test_equivalence.py', '--first'], cwd=folder, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run([sys.executable, 'test_equivalence.py', '--first', *(name[6:-3] for name in files.split())], cwd=folder, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     return done.returncode, next((line for line in done.stdout.splitlines() if line.endswith('FAIL')), done.stdout[-300:] + done.stderr[-600:])
 
 

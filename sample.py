@@ -18,7 +18,7 @@ import torch
 
 
 def die(message):
-    print(f'sample.py: {message}', file=sys.stderr, flush=True)
+    print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr, flush=True)
     sys.exit(2)
 
 

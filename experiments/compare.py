@@ -6,7 +6,7 @@ Train several position schemes at equal budget, with several seeds, and compare 
     python experiments/compare.py --train --preset small --device cuda   # everything after --train goes to train.py
 
 The question of Chang et al. 2021, Tables 1 to 3 (masked: none, absolute, fixed, dynamic, composite, convolutions), asked of the
-loss itself.
+loss itself, and with the last three that of Luo et al. 2021, Table 3 (plain random features, normalised, with relative positions).
 Runs stay in out/compare/ and are not trained twice: an interrupted comparison goes on where it stopped.
 Writes experiments/results/compare-<dataset>.csv and .png.
 """
@@ -32,7 +32,11 @@ SCHEMES = {  # name: flags of train.py
     'composite+values': ['--model', 'conv', '--lightweight', '--dynamic', '--no-output', '--values'],
     'composite+qk': ['--model', 'conv', '--lightweight', '--dynamic', '--no-output', '--queries_keys'],
     'conv-all': ['--model', 'conv', '--lightweight', '--dynamic', '--output', '--values', '--queries_keys'],
+    'prf': ['--model', 'kernelized', '--no-normalize', '--no-rpe'],
+    'nprf': ['--model', 'kernelized', '--no-rpe'],
+    'nprf+rpe': ['--model', 'kernelized'],
 }
+COLORS = {scheme: f'C{i}' if i < 10 else f'#{hex}' for i, (scheme, hex) in enumerate(zip(SCHEMES, [''] * 10 + 'aec7e8 ffbb78 98df8a ff9896 000000 777777'.split()))}
 QUICK = '--max_iters 60 --n_layer 2 --n_embd 64 --batch_size 16 --warmup_iters 10 --eval_interval 20 --eval_tokens 16384'.split()
 
 
@@ -83,20 +87,26 @@ def main():
 
 
 def plot(curves, args, path):
+    """Above the mean loss over the seeds at each validation, below the last loss of each seed."""
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
-    colors = {scheme: f'C{i}' for i, scheme in enumerate(SCHEMES)}
-    fig, axes = plt.subplots(1, len(args.objectives), figsize=(5.5 * len(args.objectives), 4), squeeze=False)
-    for ax, objective in zip(axes[0], args.objectives):
-        for (o, scheme), runs in curves.items():
-            for n, run in enumerate(runs if o == objective else []):
-                ax.plot(*zip(*run[1:]), color=colors[scheme], lw=1.2, label=None if n else scheme)
-        ax.set(title=f'{objective} language model', xlabel='step', ylabel='validation loss (nats per token)')
-        ax.grid(alpha=0.3)
-        ax.legend()
-    fig.suptitle(f'{args.dataset}: one line per seed')
-    fig.savefig(path, dpi=120, bbox_inches='tight')
+    n = len(args.schemes)
+    fig, axes = plt.subplots(2, len(args.objectives), figsize=(5.5 * len(args.objectives), 4.5 + 0.25 * n), squeeze=False, height_ratios=(4, 0.5 + 0.25 * n), layout='constrained')
+    for (above, below), objective in zip(axes.T, args.objectives):
+        for row, scheme in enumerate(args.schemes):
+            runs = curves[objective, scheme]
+            steps, *seeds = [step for step, _ in runs[0]], *([loss for _, loss in run] for run in runs)
+            above.plot(steps[1:], [statistics.mean(losses) for losses in zip(*seeds)][1:], color=COLORS[scheme], lw=1.5, label=scheme)
+            below.plot([losses[-1] for losses in seeds], [row] * len(seeds), 'o', color=COLORS[scheme], ms=5, alpha=0.8)
+        above.set(title=f'{objective} language model', xlabel='step', ylabel='validation loss, mean over seeds\n(nats per token)')
+        above.legend(fontsize=7, ncols=2)
+        below.set(xlabel='last validation loss, one dot per seed (nats per token)', yticks=range(n), yticklabels=args.schemes)
+        below.invert_yaxis()
+        for ax in (above, below):
+            ax.grid(alpha=0.3)
+    fig.suptitle(args.dataset)
+    fig.savefig(path, dpi=120)
     print(f'\nwrote {path} and its .csv')
 
 

@@ -5,7 +5,7 @@ Draw the kernels that a run has learned, per layer and head.
 
 Answers Figures 2 and 3 of Chang et al. 2021: fixed kernels of BERT-small (heads that look at the previous or the next token, one-sided
 slopes, flat ones) and the depthwise kernels of the last layer.
-  fixed, lightweight     beta: what each offset adds to the score, in nats (a softmax does not notice a constant, so each
+  fixed, lightweight, b  beta: what each offset adds to the score, in nats (a softmax does not notice a constant, so each
                          kernel's mean over the offsets it can see is taken off)
   dynamic                q.W / sqrt(hs), in nats: its mean over the queries of a validation text, and below it the standard
                          deviation over them (how much the kernel is the query's own)
@@ -13,18 +13,13 @@ slopes, flat ones) and the depthwise kernels of the last layer.
 Writes experiments/results/kernels-<run>.png and .csv (kind, layer, head or channel, offset, value).
 """
 import argparse
-import csv
-import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
+from lib import REPO, pyplot, text, write_csv
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-from sample import die, load_run  # noqa: E402
+from sample import die, load_run
 
 
 @torch.no_grad()
@@ -42,39 +37,40 @@ def queries(model, idx):
 @torch.no_grad()
 def kernels(model, idx):
     """{kind: ((rows, offsets) values, names of the rows, offsets)}."""
-    K, causal, nh = model.config.kernel_size, model.config.causal, model.config.n_head
-    seen = slice(0, K // 2 + 1) if causal else slice(0, K)  # offsets of the scores that are ever looked at
-    offsets = np.arange(-(K // 2), K // 2 + 1)[seen]
+    causal, nh = model.config.causal, model.config.n_head
     names = [f'layer {layer}, head {head}' for layer in range(1, len(model.h) + 1) for head in range(1, nh + 1)]
     found = {}
     attention = [block.attn for block in model.h]
-    for kind in ('fixed', 'lightweight'):
+
+    def seen(K):  # the offsets of the scores that are ever looked at, and where in a kernel they stand
+        return np.arange(-(K // 2), 1 if causal else K // 2 + 1), slice(0, K // 2 + 1 if causal else K)
+    for kind in ('fixed', 'lightweight', 'b'):
         if getattr(attention[0], kind, None) is not None:
-            beta = torch.cat([getattr(a, kind) for a in attention])[:, seen]  # (layers nh, offsets)
-            found[kind] = (beta - beta.mean(1, keepdim=True), names, offsets)
+            beta = torch.cat([getattr(a, kind) for a in attention])  # (layers nh, K)
+            offsets, looked = seen(beta.size(1))
+            found[kind] = (beta[:, looked] - beta[:, looked].mean(1, keepdim=True), names, offsets)
     if getattr(attention[0], 'dynamic', None) is not None:
-        made = torch.cat([q @ a.dynamic.T[:, seen] / math.sqrt(q.size(-1)) for q, a in zip(queries(model, idx), attention)])  # (layers nh, queries, offsets)
+        offsets, looked = seen(attention[0].dynamic.size(0))
+        made = torch.cat([q @ a.dynamic.T[:, looked] / math.sqrt(q.size(-1)) for q, a in zip(queries(model, idx), attention)])  # (layers nh, queries, offsets)
         made = made - made.mean(2, keepdim=True)
-        found['dynamic, mean over queries'] = (made.mean(1), names, offsets)
-        found['dynamic, standard deviation over queries'] = (made.std(1), names, offsets)
+        found['dynamic: mean'] = (made.mean(1), names, offsets)
+        found['dynamic: spread'] = (made.std(1), names, offsets)
     if getattr(attention[-1], 'conv_out', None) is not None:
         w = attention[-1].conv_out  # (C, K)
         order = sorted(range(w.size(0)), key=lambda c: (w[c].abs().argmax().item(), w[c, w[c].abs().argmax()].item()))
+        K = w.size(1)
         taps = np.arange(-(K - 1), 1) if causal else np.arange(-(K // 2), K // 2 + 1)
         found['depthwise, last layer'] = (w[order], [f'channel {c}' for c in order], taps)
     return found
 
 
 def draw(found, title, path):
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-    fig, axes = plt.subplots(1, len(found), figsize=(3.6 * len(found) + 1.5, 5), squeeze=False, layout='constrained')
+    fig, axes = pyplot().subplots(1, len(found), figsize=(3.6 * len(found) + 1.5, 5), squeeze=False, layout='constrained')
     for ax, (kind, (values, names, offsets)) in zip(axes[0], found.items()):
         size = values.abs().max().item() or 1
         image = ax.imshow(values, aspect='auto', cmap='RdBu_r', vmin=-size, vmax=size, interpolation='nearest',
                           extent=(offsets[0] - 0.5, offsets[-1] + 0.5, len(names) - 0.5, -0.5))
-        ax.set(title=kind, xlabel='offset j - i (tokens)')
+        ax.set(title=kind, xlabel='offset j - i (tokens)', xticks=offsets[len(offsets) // 2 % 2::max(2, len(offsets) // 8)])
         if len(names) <= 64:
             ax.set_yticks(range(len(names)), names, fontsize=7)
         else:
@@ -93,29 +89,21 @@ def main():
     args = parser.parse_args()
     model, checkpoint = load_run(args.out_dir, None, 'cpu')
     settings, T = checkpoint['settings'], model.config.block_size
-    folder = Path(args.data_dir, settings['dataset'])
-    if not (folder / 'meta.json').is_file():
-        die(f'{folder} holds no prepared text: run prepare_data.py, or name its --data_dir')
-    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-    text = np.fromfile(folder / 'val.bin', dtype=meta['dtype'], count=max(1, args.tokens // T) * T).astype(np.int64)
-    found = kernels(model, torch.from_numpy(text[:len(text) // T * T]).view(-1, T))
+    _, val, _ = text(settings['dataset'], args.data_dir)
+    val = torch.from_numpy(val[:max(1, args.tokens // T) * T].astype(np.int64))
+    found = kernels(model, val[:len(val) // T * T].view(-1, T))
     if not found:
         die(f'model_{settings["model"]}.py with these settings has no kernels')
     label = '-'.join((settings['model'], settings['objective'], settings['dataset']))
-    results = Path(args.results)
-    results.mkdir(parents=True, exist_ok=True)
-    with open(results / f'kernels-{label}.csv', 'w', newline='', encoding='utf-8') as f:
-        writer = csv.writer(f)
-        writer.writerow(('kind', 'row', 'offset', 'value'))
-        for kind, (values, names, offsets) in found.items():
-            writer.writerows((kind, name, o, f'{x:.5f}') for name, row in zip(names, values.tolist()) for o, x in zip(offsets, row))
-    draw(found, f'what {label} has learned, step {checkpoint["step"]}', results / f'kernels-{label}.png')
+    path = write_csv(args.results, f'kernels-{label}', ('kind', 'row', 'offset', 'value'),
+                     [(kind, name, o, x) for kind, (values, names, offsets) in found.items() for name, row in zip(names, values.tolist()) for o, x in zip(offsets, row)])
+    draw(found, f'what {label} has learned, step {checkpoint["step"]}', path.with_suffix('.png'))
 
     print('| kind | offset of the largest value: how many heads or channels |\n|---|---|')
     for kind, (values, _, offsets) in found.items():
         peak = offsets[(values if not kind.startswith('depthwise') else values.abs()).argmax(1).numpy()]
         print(f'| {kind} | {", ".join(f"{o:+d}: {n}" for o, n in zip(*np.unique(peak, return_counts=True)))} |')
-    print(f'\nwrote {results / f"kernels-{label}.png"} and its .csv')
+    print(f'\nwrote {path} and its .png')
 
 
 if __name__ == '__main__':

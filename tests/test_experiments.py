@@ -1,5 +1,6 @@
 """The experiments run, at a setting far too small to mean anything."""
 import csv
+import math
 
 import pytest
 
@@ -24,3 +25,62 @@ def test_compare(run, data_dir):
 def test_prepare_speed(run):
     run('experiments/prepare_speed.py', '--path', CORPORA / 'shakespeare.txt', '--megabytes', 3, TIKTOKEN_CACHE_DIR=str(CORPORA / 'tiktoken_cache'))
     assert 'prepare_data.py 3 MB' in run.out and 'ratio' in run.out and 'peak memory' in run.out
+
+
+def written(run, name):
+    """Rows of results/<name>.csv; there is a picture beside it."""
+    assert (run.folder / f'results/{name}.png').read_bytes()[:4] == b'\x89PNG'
+    return list(csv.DictReader(open(run.folder / f'results/{name}.csv')))
+
+
+def test_kernels(train):
+    train.train('--model', 'composite', '--max_iters', 2, '--out_dir', 'a')
+    train('experiments/kernels.py', '--out_dir', 'a', '--tokens', 256, '--data_dir', train.words[1], '--results', 'results')
+    rows = written(train, 'kernels-composite-causal-code')
+    assert {r['kind'] for r in rows} == {'fixed', 'dynamic: mean', 'dynamic: spread'} and len(rows) == 3 * 2 * 2 * 9
+    assert {int(r['offset']) for r in rows} == set(range(-8, 1)), 'a causal model sees no offset above 0'
+    train.train('--model', 'conv', '--objective', 'masked', '--max_iters', 2, '--lightweight', '--output', '--out_dir', 'b')
+    train('experiments/kernels.py', '--out_dir', 'b', '--tokens', 256, '--data_dir', train.words[1], '--results', 'results')
+    rows = written(train, 'kernels-conv-masked-code')
+    assert len([r for r in rows if r['kind'] == 'depthwise, last layer']) == 32 * 17 and len([r for r in rows if r['kind'] == 'lightweight']) == 4 * 17
+    train.train('--model', 'nope', '--max_iters', 2, '--out_dir', 'c')
+    train('experiments/kernels.py', '--out_dir', 'c', '--data_dir', train.words[1], code=2)
+    assert train.err.splitlines()[-1].startswith('kernels.py: ') and 'no kernels' in train.err
+
+
+def test_speed(run):
+    run('experiments/speed.py', '--quick', '--tokens', 256, '--lengths', 64, 128, '--results', 'results')
+    rows = written(run, 'speed-cpu')
+    assert len(rows) == 16 and all(float(r['forward_backward_ms']) > 0 for r in rows) and 'no slower than flash' in run.out
+    run('experiments/speed.py', '--quick', '--convs', '--results', 'results')
+    assert run.out.count('| shifts |') == 1
+
+
+def test_feature_error(run):
+    run('experiments/feature_error.py', '--draws', 2, '--results', 'results')
+    error = {(r['features'], r['norm'], r['m']): float(r['l1_mean']) for r in written(run, 'feature_error')}
+    assert len(error) == 80 and all(0 < e <= 2.01 for (kind, *_), e in error.items() if kind != 'trf')
+    assert error['prf', '1', '1024'] < 0.1 < error['prf', '1', '16'] < error['prf', '2', '16'] < error['prf', '8', '16']
+
+
+def test_convert_and_stability(run, data_dir):
+    words = ['--dataset', 'code', '--data_dir', data_dir, '--results', 'results', '--quick']
+    run('experiments/convert.py', *words, '--steps', 2, '--tokens', 512)
+    rows = written(run, 'convert')
+    assert len(rows) == 4 * (1 + 6 * 2) and all(4 < float(r['val_loss']) < 7 for r in rows)
+    run('experiments/stability.py', *words, '--steps', 3)
+    rows = written(run, 'stability')
+    assert len(rows) == 2 * 4 * 3 and {float(r['largest_qk']) for r in rows if r['model'].startswith('NPRF')} == {1.0}
+
+
+def test_extrapolate(train):
+    for scheme, words in {'none': ['nope'], 'absolute': ['nope', '--absolute'], 'nprf+rpe': ['kernelized']}.items():
+        train.train('--model', *words, '--max_iters', 2, '--out_dir', f'x-causal-{scheme}-1')
+    train('experiments/extrapolate.py', 'x-causal-none-1', 'x-causal-absolute-1', 'x-causal-nprf+rpe-1', '--quick', '--data_dir', train.words[1], '--results', 'results')
+    rows = written(train, 'extrapolate')
+    loss = {(r['scheme'], int(r['times'])): float(r['loss']) for r in rows}
+    assert len(rows) == 12 and all(math.isnan(loss['absolute', times]) for times in (2, 4, 8))
+    assert all(4 < loss[scheme, times] < 7 for scheme in ('none', 'nprf+rpe') for times in (1, 2, 4, 8)) and 'ends at 1x' in train.out
+    train.train('--model', 'nope', '--objective', 'masked', '--max_iters', 2, '--out_dir', 'm')
+    train('experiments/extrapolate.py', 'm', '--data_dir', train.words[1], code=2)
+    assert 'extrapolate.py: m is a masked model' in train.err

@@ -1,0 +1,69 @@
+"""What several experiments share: prepared text, a training loop of a few lines, and where results go."""
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+
+def text(dataset, data_dir='data'):
+    """-> ids to train on, ids to validate on (numpy memory maps), meta; prepares a known data set that is missing."""
+    from prepare_data import prepare
+    folder = Path(data_dir, dataset)
+    if not (folder / 'meta.json').is_file():
+        prepare(dataset, data_dir=data_dir)
+    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+    return *(np.memmap(folder / f'{split}.bin', dtype=meta['dtype'], mode='r') for split in ('train', 'val')), meta
+
+
+def rows(ids, starts, T, device='cpu'):
+    """The T + 1 ids from each start: inputs (B, T) and the tokens that follow them (B, T)."""
+    x = torch.from_numpy(np.stack([ids[s:s + T + 1] for s in starts]).astype(np.int64)).to(device)
+    return x[:, :-1], x[:, 1:]
+
+
+def optimise(model, ids, steps, batch_size=16, learning_rate=3e-3, warmup=40, seed=1, device='cpu'):
+    """Train as train.py does (AdamW, warm-up, cosine to 0, clipping at 1), yielding (step, loss, gradient norm before clipping)."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * max(0, s - warmup) / max(1, steps - warmup))))
+    T, generator = model.config.block_size, np.random.default_rng(seed)
+    model.train()
+    for step in range(1, steps + 1):
+        x, y = rows(ids, generator.integers(len(ids) - T, size=batch_size), T, device)
+        loss = model(x, y)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        yield step, loss.item(), norm.item()
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+@torch.no_grad()
+def validation(model, ids, T, tokens=16384, batch_size=16, device='cpu'):
+    """Mean loss in nats per token over the first `tokens` tokens, in texts of T."""
+    starts = range(0, min(tokens, len(ids) - 1) // T * T, T)
+    losses = [model(*rows(ids, starts[i:i + batch_size], T, device))[1].item() * len(starts[i:i + batch_size]) for i in range(0, len(starts), batch_size)]
+    return sum(losses) / len(starts)
+
+
+def write_csv(folder, name, header, rows):
+    """-> path of folder/name.csv; floats with five digits."""
+    path = Path(folder, f'{name}.csv')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'w', newline='', encoding='utf-8') as f:
+        csv.writer(f).writerows([header, *([f'{x:.5g}' if isinstance(x, float) else x for x in row] for row in rows)])
+    return path
+
+
+def pyplot():
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    return plt

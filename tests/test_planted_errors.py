@@ -2,12 +2,12 @@
 
     python tests/test_planted_errors.py    # the table: error, and the first row that catches it; with a word, the errors that have it in their name
 """
-import os
+import contextlib
+import io
+import multiprocessing
 import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -93,26 +93,38 @@ ERRORS = {  # what: (files, right, wrong); the right text stands exactly once in
 }
 
 
-def plant(what, folder):
-    """Run the equalities on a copy that has one error -> exit status and the first row that fails."""
+def plant(what):
+    """Run the equalities on a copy that has one error -> exit status and the first row that fails. In a process of its own."""
+    import importlib
+    import torch
+    torch.set_num_threads(1)
     files, right, wrong = ERRORS[what]
-    for path in [*REPO.glob('model_*.py'), REPO / 'test_equivalence.py']:
-        shutil.copy(path, folder)
-    for name in files.split():
-        text = (Path(folder) / name).read_text(encoding='utf-8')
-        assert text.count(right) == 1, f'{right!r} stands {text.count(right)} times in {name}: the table of errors is out of date'
-        (Path(folder) / name).write_text(text.replace(right, wrong), encoding='utf-8')
-    done = subprocess.run([sys.executable, 'test_equivalence.py', '--first', *(name[6:-3] for name in files.split())], cwd=folder, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    return done.returncode, next((line for line in done.stdout.splitlines() if line.endswith('FAIL')), done.stdout[-300:] + done.stderr[-600:])
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out:
+        for path in [*REPO.glob('model_*.py'), REPO / 'test_equivalence.py']:
+            shutil.copy(path, folder)
+            sys.modules.pop(path.stem, None)  # what the parent had imported is the code without the error
+        for name in files.split():
+            text = (Path(folder) / name).read_text(encoding='utf-8')
+            if text.count(right) != 1:
+                return 2, f'{right!r} stands {text.count(right)} times in {name}: the table of errors is out of date'
+            (Path(folder) / name).write_text(text.replace(right, wrong), encoding='utf-8')
+        sys.path.insert(0, folder)
+        sys.argv = ['test_equivalence.py', '--first', *(name[6:-3] for name in files.split())]
+        try:
+            equivalence = importlib.import_module('test_equivalence')
+            assert Path(equivalence.__file__).parent == Path(folder)
+            code = int(equivalence.main())
+        except Exception as e:
+            return 3, f'{type(e).__name__}: {e}'
+    return code, next((line for line in out.getvalue().splitlines() if line.endswith('FAIL')), out.getvalue()[-300:])
 
 
 def plant_all(errors=ERRORS):
-    """{what: (exit status, first red row)}, two at a time."""
-    def one(what):
-        with tempfile.TemporaryDirectory() as folder:
-            return plant(what, folder)
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(errors, pool.map(one, errors)))
+    """{what: (exit status, first red row)}, two at a time, each in a fresh process; forked, where that can be, for torch is slow to import."""
+    import torch  # noqa: F401
+    method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn'
+    with multiprocessing.get_context(method).Pool(2, maxtasksperchild=1) as pool:
+        return dict(zip(errors, pool.map(plant, errors, chunksize=1)))
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,200 @@
+"""
+Where does a frozen Transformer hold the position of a token, and can it be read? Probes at three taps of every layer.
+
+    python experiments/probe_position.py --quick                    # about two minutes on two CPU cores: 4 layers of 128, 128 tokens
+    python experiments/probe_position.py                            # the paper's size, 12 layers of 768, 512 tokens: wants a GPU
+    python experiments/probe_position.py --quick --out_dir out/nope-causal-python out/composite-causal-python --shuffled
+    python experiments/probe_position.py --quick --model composite --vocab_size 256     # another scheme, few kinds of tokens
+
+Answers the probe of Chi et al. 2023 (a random, frozen model knows positions) and Figure 2 of Haviv et al. 2022 (error per layer of
+a trained one). Taps: the attention's output o_m, the residual stream after it, the stream after the MLP (of layer 0: the embedding).
+Error: mean absolute error in tokens on sequences the probes did not see; who always says the middle errs by L/4.
+  MLP         two layers with ReLU, the position as L sigmoid(.), trained on the absolute error (a softmax over positions, as
+              Haviv's, came out worse with few sequences)
+  linear      ridge regression in closed form
+  log-norm    the length of the vector alone, in 64 bins: the median position of each
+The first layer of a random model writes position into a variance, an even function: a linear probe finds nothing there and little
+later, and an MLP wants many sequences. They are fresh at every step, and so is the test. Trained runs read their own validation text,
+the first 4/5 to train, the rest to test. The table names the kinds of tokens: with few, their mean vector stands out against the
+noise, and a linear probe reads more from layer 2 on. Controls: initial weights 10 times as large, no causal mask, and --shuffled:
+the tokens of each test sequence in random order, the probes as before.
+Found with --quick (the middle: 32 tokens off): 9.0 by the length of o_m in layer 1, 17.3 by the MLP, 32.2 by the linear probe; without
+a mask 32 everywhere; with large weights 32 in layer 1, and 28 at best in later ones. Order hardly matters: a trained run counts, too.
+Writes experiments/results/probe_position[-quick][-<model>][-trained].png and .csv.
+"""
+import argparse
+import math
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from attention_variance import random_model
+from lib import REPO, pyplot, text, write_csv
+
+from sample import load_run
+
+TAPS = ('attention output', 'after attention', 'after MLP')
+PROBES = ('MLP', 'linear', 'log-norm')
+
+
+@torch.no_grad()
+def states(model, idx):
+    """What the taps see of the tokens idx (B, T): (1 + 3 layers, B T, C), the embedding first."""
+    found = []
+    hooks = [model.drop.register_forward_hook(lambda _, __, out: found.append(out))]
+    for block in model.h:
+        hooks.append(block.attn.register_forward_hook(lambda _, __, out: found.append(out)))
+        hooks.append(block.ln_2.register_forward_hook(lambda _, args, __: found.append(args[0])))
+        hooks.append(block.register_forward_hook(lambda _, __, out: found.append(out)))
+    model.hidden(idx.to(model.wte.weight.device))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found).float().flatten(1, 2)
+
+
+def length(x):
+    return x.norm(dim=-1).clamp_min(1e-30).log()
+
+
+def train_probes(model, fresh, args):
+    """Probes of all taps at once, on the sequences (batch, T) that fresh() draws -> a function: idx (B, T) to positions (3, taps, B T)."""
+    idx = fresh()
+    x, T = states(model, idx), idx.size(1)
+    taps, _, C = x.shape
+    mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True).clamp_min(1e-12)  # of each channel; the length survives it
+    torch.manual_seed(args.seed)
+    net = [torch.randn(taps, C, args.hidden) / math.sqrt(C), *(torch.zeros(taps, *size) for size in ((1, args.hidden), (args.hidden, 1), (1, 1)))]
+    net = [p.to(x.device).requires_grad_() for p in net]
+    optimizer = torch.optim.Adam(net, lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
+
+    def mlp(z):  # (taps, N, C) -> (taps, N), in (0, 1)
+        z = torch.baddbmm(net[1], z, net[0]).relu()
+        return torch.baddbmm(net[3], z, net[2])[..., 0].sigmoid()
+
+    xx, xy, lengths = 0, 0, []
+    for step in range(args.steps):
+        idx = fresh()
+        x = states(model, idx)
+        z = (x - mean) / std
+        m = torch.arange(1, T + 1, device=x.device).repeat(len(idx)) / T  # (N,), N = batch T
+        loss = (mlp(z) - m).abs().mean(1).sum()  # each tap's probe has its own weights: their sum trains them apart
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        w = F.pad(z, (0, 1), value=1)  # the last weight is a bias
+        xx, xy = xx + (w.mT @ w).double(), xy + (w.mT @ m[:, None]).double()
+        if step * len(m) < 2 ** 20:  # enough for the medians
+            lengths.append(length(x))
+    ridge = 1e-3 * args.steps * len(m) * torch.eye(C + 1, dtype=xx.dtype, device=xx.device)  # the channels have variance 1
+    linear = torch.linalg.solve(xx + ridge, xy).float()  # (taps, C+1, 1)
+    lengths = torch.cat(lengths, 1)
+    bins = lengths.argsort(1).tensor_split(64, 1)
+    edges = torch.cat([lengths.gather(1, which[:, :1]) for which in bins[1:]], 1)  # (taps, 63)
+    medians = torch.stack([(which % T + 1).float().median(1).values for which in bins], 1)  # (taps, 64); entry n of lengths is at position n % T + 1
+
+    @torch.no_grad()
+    def predict(idx):
+        x = states(model, idx)
+        z = (x - mean) / std
+        by_length = medians.gather(1, torch.searchsorted(edges, length(x)))
+        return torch.stack((mlp(z) * T, (F.pad(z, (0, 1), value=1) @ linear)[..., 0].clamp(0, 1) * T, by_length))
+
+    return predict
+
+
+def errors(predict, test, batch):
+    """Mean absolute error in tokens on the sequences test (B, T): (3 probes, taps)."""
+    m = torch.arange(1, test.size(1) + 1)
+    parts = [(predict(part).cpu() - m.repeat(len(part))).abs().sum(-1) for part in test.split(batch)]
+    return sum(parts) / test.numel()
+
+
+def draw(rows, path):
+    chance = {r[:2]: r[6] for r in rows}  # (model, tokens): the error of the middle
+    down, wide = -(-len(chance) // 3), min(3, len(chance))
+    fig, axes = pyplot().subplots(down, wide, figsize=(4.8 * wide, 4 * down), squeeze=False, layout='constrained')
+    for ax, case in zip(axes.flat, chance):
+        for tap, color in zip(TAPS, ('C0', 'C1', 'C2')):
+            for probe, style in zip(PROBES, ('o-', ':', '^--')):
+                line = zip(*((r[2], r[5]) for r in rows if r[:2] == case and r[3:5] == (tap, probe)))
+                ax.plot(*line, style, color=color, lw=1.2, ms=3.5, label=f'{tap}, {probe}')
+        ax.axhline(chance[case], color='k', lw=1, ls='-.', label='always the middle')
+        ax.set(xlabel='layer (0: the embedding)', ylabel='mean absolute error, tokens', ylim=(0, 1.15 * chance[case]))
+        ax.set_title('\n'.join(textwrap.fill(name, 60) for name in case), fontsize=8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=6, ncols=2)
+    for ax in axes.flat[len(chance):]:
+        ax.set_axis_off()
+    fig.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('--quick', action='store_true', help='a smaller model and fewer steps')
+    models = sorted(p.stem[6:] for p in REPO.glob('model_*.py'))
+    parser.add_argument('--model', choices=models, help='probe random models of this file (default nope, if there is no --out_dir)')
+    for name, full, quick, note in (('n_embd', 768, 128, 'width of the random model'), ('n_head', 12, 4, 'its heads'), ('n_layer', 12, 4, 'its layers'),
+                                    ('block_size', 512, 128, 'tokens in its sequences'), ('steps', 2000, 200, 'of training the probes'),
+                                    ('batch', 32, 8, 'sequences in a step'), ('test', 256, 64, 'sequences'), ('hidden', 256, 128, 'ReLUs of the MLP')):
+        parser.add_argument(f'--{name}', type=int, default=(full, quick)['--quick' in sys.argv], help=f'{note} (default {full}, {quick} with --quick)')
+    parser.add_argument('--learning_rate', type=float, default=1e-2, help='of the MLP (default 0.01)')
+    parser.add_argument('--sigma', type=float, default=0.02, help='of the initial weights at width 768 (default 0.02)')
+    parser.add_argument('--vocab_size', type=int, default=50304, help='kinds of random tokens (default 50304)')
+    parser.add_argument('--out_dir', nargs='+', default=[], help='folders of trained runs, of any model')
+    parser.add_argument('--data_dir', default='data', help='where their prepared text is (default data)')
+    parser.add_argument('--shuffled', action='store_true', help="each test once more, its sequences' tokens in random order")
+    parser.add_argument('--seed', type=int, default=1, help='of weights, tokens and probes (default 1)')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
+    args = parser.parse_args()
+    print(f'on {args.device}', flush=True)
+    rows = []  # (model, tokens, layer, tap, probe, error, chance)
+
+    def probe(name, tokens, model, fresh, test):
+        predict = train_probes(model, fresh, args)
+        mixed = test.gather(1, torch.rand(test.shape, generator=generator).argsort(1))
+        for name, test in ((name, test), (f'{name}, test shuffled', mixed))[:1 + args.shuffled]:
+            found = errors(predict, test, args.batch)
+            print(f'{name}: the best error at a tap is {found.min():.1f}, the middle has {test.size(1) / 4:g}', flush=True)
+            for p, line in zip(PROBES, found.tolist()):
+                rows.append((name, tokens, 0, TAPS[-1], p, line[0], test.size(1) / 4))
+                rows.extend((name, tokens, 1 + i // 3, TAPS[i % 3], p, error, test.size(1) / 4) for i, error in enumerate(line[1:]))
+
+    if args.model or not args.out_dir:
+        for name, sigma, causal in (('', 1, True), (', weights x 10', 10, True), (', no causal mask', 1, False)):
+            model = random_model(args.model or 'nope', args.sigma * sigma, args.seed, args.device, causal=causal, vocab_size=args.vocab_size,
+                                 n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.block_size)
+            generator = torch.Generator().manual_seed(args.seed)
+            tokens = lambda n: torch.randint(args.vocab_size, (n, args.block_size), generator=generator)
+            probe(f'random {args.model or "nope"}{name}', f'{args.vocab_size} kinds, random', model, lambda: tokens(args.batch), tokens(args.test))
+    for out_dir in args.out_dir:
+        model, checkpoint = load_run(out_dir, None, args.device)
+        T = model.config.block_size
+        val = torch.from_numpy(text(checkpoint['settings']['dataset'], args.data_dir)[1].astype(np.int64))
+        val, rest = val.tensor_split([len(val) * 4 // 5])
+        test = rest[:len(rest) // T * T].view(-1, T)
+        test = test[torch.linspace(0, len(test) - 1, min(len(test), args.test)).long()]  # from all over it
+        generator = torch.Generator().manual_seed(args.seed)
+        windows = lambda: val[torch.randint(len(val) - T + 1, (args.batch, 1), generator=generator) + torch.arange(T)]
+        probe(Path(out_dir).name, f'{checkpoint["meta"]["vocab_size"]} kinds, text', model, windows, test)
+
+    label = '-'.join(['probe_position', *(['quick'] if args.quick else []), *([args.model] if args.model else []), *(['trained'] if args.out_dir else [])])
+    path = write_csv(args.results, label, ('model', 'tokens', 'layer', 'tap', 'probe', 'error', 'always the middle'), rows)
+    draw(rows, path.with_suffix('.png'))
+
+    heads = [f'{tap}: {" / ".join(PROBES)}' for tap in TAPS]
+    print(f'\n| model | tokens | layer | {" | ".join(heads)} | always the middle |\n|{"---|" * 7}')
+    for name, tokens, layer, chance in dict.fromkeys((*r[:3], r[6]) for r in rows):
+        cells = [' / '.join(f'{r[5]:.1f}' for r in rows if r[:4] == (name, tokens, layer, tap)) for tap in TAPS]
+        print(f'| {name} | {tokens} | {layer} | {" | ".join(cells)} | {chance:g} |')
+    print(f'\nwrote {path} and its .png')
+
+
+if __name__ == '__main__':
+    main()

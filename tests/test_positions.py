@@ -1,0 +1,68 @@
+"""Positions without position embeddings: the variance experiment and the probe run, and tell what theory says, at sizes of seconds."""
+import csv
+import importlib
+import sys
+
+import pytest
+import torch
+
+from conftest import MODELS, REPO
+
+sys.path.insert(0, str(REPO / 'experiments'))
+
+
+def table(path):
+    with open(path, newline='', encoding='utf-8') as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture
+def trained(train):
+    train.train('--model', 'composite', '--max_iters', 2, '--eval_interval', 2, '--out_dir', 'out/a')
+    return train
+
+
+def test_variance(trained, data_dir):
+    """1/m in the first layer at the paper's sigma, flat at ten times it and without a mask; a trained run gets its panel."""
+    trained('experiments/attention_variance.py', '--quick', '--n_embd', 128, '--block_size', 64, '--n_layer', 2, '--sequences', 8, '--vocab_size', 9984,
+            '--device', 'cpu', '--out_dir', 'out/a', '--data_dir', data_dir, '--results', 'results')
+    rows = table(trained.folder / 'results/attention_variance-quick.csv')
+    found = {(r['what'], float(r['sigma'] or 0), int(r['layer']), int(r['m'])): float(r['variance']) for r in rows}
+    assert (trained.folder / 'results/attention_variance-quick.png').read_bytes()[:4] == b'\x89PNG'
+    for m in (1, 8, 64):
+        assert found['causal', 0.02, 1, m] * m == pytest.approx(0.0944, rel=0.3)  # (d sigma^2)^2
+        assert found['no causal mask', 0.02, 1, m] * 64 == pytest.approx(0.0944, rel=0.4)
+    assert found['causal', 0.02, 2, 1] < 4 * found['causal', 0.02, 2, 64], 'only the first layer falls as 1/m'
+    assert found['sigmas, first layer', 0.2, 1, 1] < 2 * found['sigmas, first layer', 0.2, 1, 64]
+    assert ('trained: a', 0, 2, 32) in found and '| trained: a |' in trained.out
+
+
+def test_probe(trained, data_dir):
+    """Read from the first layer's attention output; not from the embedding, nor without a mask."""
+    words = ['experiments/probe_position.py', '--quick', '--model', 'nope', '--n_embd', 64, '--block_size', 64, '--n_layer', 2, '--steps', 40,
+             '--test', 16, '--vocab_size', 9984, '--device', 'cpu', '--out_dir', 'out/a', '--data_dir', data_dir, '--shuffled', '--results', 'results']
+    first = trained(*words).out
+    rows = table(trained.folder / 'results/probe_position-quick-nope-trained.csv')
+    found = {(r['model'], int(r['layer']), r['tap'], r['probe']): float(r['error']) for r in rows}
+    assert len(found) == len(rows) == 8 * 7 * 3  # four models, as they are and shuffled; seven taps; three probes
+    for name in ('random nope', 'random nope, test shuffled'):
+        assert found[name, 1, 'attention output', 'log-norm'] < 8 and found[name, 1, 'attention output', 'MLP'] < 14.5  # the middle: 16
+        assert found[name, 1, 'attention output', 'linear'] > 14 and found[name, 0, 'after MLP', 'log-norm'] > 15
+    assert all(15 < error < 18 for (name, *_), error in found.items() if 'no causal mask' in name)
+    assert ('a, test shuffled', 2, 'after MLP', 'MLP') in found and '| a | 256 kinds, text | 2 |' in first
+    assert (trained.folder / 'results/probe_position-quick-nope-trained.png').read_bytes()[:4] == b'\x89PNG'
+    assert trained(*words).out == first, 'the same seed, the same numbers'
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_taps(name):
+    """The taps of every model file: the stream after attention is the stream before it plus the attention's output."""
+    from probe_position import states
+    module = importlib.import_module(f'model_{name}')
+    model = module.Model(module.Config(n_layer=3)).eval()
+    idx = torch.randint(256, (2, 20))
+    x = states(model, idx)
+    assert x.shape == (1 + 3 * 3, 2 * 20, 128) and torch.equal(x[0], model.wte(idx).flatten(0, 1))
+    for layer in range(3):
+        assert torch.allclose(x[3 * layer] + x[3 * layer + 1], x[3 * layer + 2], atol=1e-6)
+    assert torch.allclose(model.ln_f(x[-1]), model.hidden(idx).flatten(0, 1), atol=1e-6)

@@ -48,7 +48,7 @@ class Config:
     dynamic: bool = True  # query-made kernel (Shaw et al. 2018)
     fixed: bool = True  # learned kernel (T5)
     dynamic_key: bool = False  # key-made kernel, its offsets mirrored
-    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # with a (T, T) matrix or without (not for padding, key-made kernels, decoding); auto: without from 256 tokens on
+    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # with a (T, T) matrix or without (not for padding, key-made kernels, decoding); auto: without from 256 tokens and 8 kernels on
 
 
 def visible(T, S, causal=True, valid=None, device=None):
@@ -108,13 +108,18 @@ def near_scores(q, k, near, first):
     return s.masked_fill((j < 0) | (j >= T), float('-inf'))
 
 
+def rows_in_order(*tensors):
+    """The flash kernels read channels side by side, and do not check that they are."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
 def flash(q, k, v, far):
     """Softmax attention of every query to the keys at least `far` tokens before it, by torch's own flash kernels.
 
     q, k, v (B, nh, T, hs) -> (B, nh, T, hs), its log-sum-exp (B, nh, T) in nats, and what the kernel's backward asks for.
     """
-    q, k, v = q[:, :, far:], k[:, :, :-far], v[:, :, :-far]
-    if q.is_cuda:
+    q, k, v = rows_in_order(q[:, :, far:], k[:, :, :-far], v[:, :, :-far])
+    if q.is_cuda:  # output, log-sum-exp, two unused, two lengths, two for dropout's random numbers, a debug mask
         y, lse, _, _, _, _, *rng, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
     else:
         (y, lse), rng = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True), []
@@ -123,7 +128,7 @@ def flash(q, k, v, far):
 
 def flash_backward(dy, q, k, v, y, lse, far, rng):
     """Gradients of q, k, v (B, nh, T, hs) through the weights exp(q_i.k_j / sqrt(hs) - lse_i) of flash(): lse may count more keys."""
-    dy, q, y, k, v = dy[:, :, far:], q[:, :, far:], y[:, :, far:], k[:, :, :-far], v[:, :, :-far]
+    dy, q, y, k, v = rows_in_order(dy[:, :, far:], q[:, :, far:], y[:, :, far:], k[:, :, :-far], v[:, :, :-far])
     lse, n = lse[:, :, far:].contiguous(), q.size(2)
     if q.is_cuda:
         d = torch.ops.aten._scaled_dot_product_flash_attention_backward(dy, q, k, v, y, lse, None, None, n, n, 0.0, True, *rng)
@@ -137,7 +142,8 @@ class FarNear(torch.autograd.Function):
 
     near (B, nh, T, W) is added to the scores at offsets 1-far, 2-far, ...; right (B, nh, T), or None if causal, to those
     from +far on. The forward pass joins the parts by their log-sum-exps. Given the log-sum-exp of all keys, the weights
-    of any part are exp(score - lse) and its gradients need nothing of the others, so the backward pass runs part by part.
+    of any part are exp(score - lse) and its gradients need nothing of the others, so the backward pass runs part by part; the
+    right part's scores have `right` added, exp(q.k + right - lse), which is its flash kernel's exp(q.k - lse) at lse - right.
     """
 
     @staticmethod
@@ -159,6 +165,7 @@ class FarNear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         far = ctx.far
         q, k, v, near, right, y, lse, y_right, l_right, *rng = ctx.saved_tensors
@@ -183,17 +190,17 @@ class FarNear(torch.autograd.Function):
 
 def has_flash(q):
     """Whether torch has a flash kernel for q (B, nh, T, hs): on a CPU always, on a CUDA GPU in half precision."""
-    return q.device.type == 'cpu' or q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) % 8 == 0
+    return q.device.type == 'cpu' or q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) % 8 == 0 and q.size(-1) <= 256
 
 
 def attend_fast(q, k, v, table, causal=True):
-    """The value of attend_dense in memory O(T): no (T, T) tensor, forward or backward. q, k, v (B, nh, T, hs), no padding.
+    """The value of attend_dense in memory O(T (hs + k)): no (T, T) tensor, forward or backward. q, k, v (B, nh, T, hs), no padding.
 
     Clipping makes all tokens at distance >= k alike, and a softmax does not notice a number added to its whole row: less
     the end entry, the far scores are plain q_i.k_j. ValueError where has_flash(q) is False.
     """
     if not has_flash(q):
-        raise ValueError(f'attend_fast wants a CPU, or a CUDA GPU with bfloat16 or float16 and heads of a multiple of 8 channels; '
+        raise ValueError(f'attend_fast wants a CPU, or a CUDA GPU with bfloat16 or float16 and heads of 8, 16, ... 256 channels; '
                          f'got {q.dtype}, heads of {q.size(-1)}, on {q.device.type}')
     if table.size(-1) == 1:  # all offsets share the one entry
         table = table.expand(*table.shape[:-1], 3)
@@ -248,7 +255,7 @@ class Attention(nn.Module):
             key_table = k @ self.dynamic_key.T * scale  # (B, nh, S, 2k+1)
         if not self.content:
             q = torch.zeros_like(q)
-        if valid is None and key_table is None and (self.attention == 'fast' or self.attention == 'auto' and T >= 256 and has_flash(q)):
+        if valid is None and key_table is None and (self.attention == 'fast' or self.attention == 'auto' and T >= max(256, 8 * self.kernel_size) and has_flash(q)):
             y = attend_fast(q, k, v, table, self.causal)
         else:
             y = attend_dense(q, k, v, table, self.causal, valid, key_table)

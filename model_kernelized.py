@@ -21,8 +21,8 @@ a text is continued from a state of fixed size. The random matrix is drawn once 
 Plain form: attend_dense. Fast forms: attend_fft, attend_chunked, attend_recurrent. test_equivalence.py proves all equal,
 and the plain one equal to loops. What they do to extreme b: dense, chunked and recurrent take off the largest b that
 each query sees, and lose nothing. The FFT rounds all rows to one scale, 1e-7 of the largest sum in float32: rows that
-see only weights far below the largest (a causal b that favours far offsets by more than some 5 nats) lose their digits.
-`auto` never takes it.
+see only weights far below the largest lose their digits, and feel what comes after them. So does a causal b that favours
+far offsets by more than some 5 nats, and --no-normalize, whose features span as many. `auto` never takes it.
 """
 import math
 from dataclasses import dataclass
@@ -60,7 +60,8 @@ def random_matrix(m, hs, kind='prf'):
     """m random directions w (m, hs): rows N(0, I); 'orf' orthogonal in blocks of hs; 'sphere' all of length sqrt(hs)."""
     w = torch.randn(m, hs)
     if kind == 'orf':
-        blocks = [torch.linalg.qr(torch.randn(hs, hs))[0] for _ in range(0, m, hs)]
+        blocks = [torch.linalg.qr(torch.randn(hs, hs)) for _ in range(0, m, hs)]
+        blocks = [Q * R.diagonal().sign() for Q, R in blocks]  # or the signs of Q would be those that the algorithm prefers
         return torch.cat(blocks)[:m] * w.norm(dim=1, keepdim=True)
     return F.normalize(w) * math.sqrt(hs) if kind == 'sphere' else w
 
@@ -69,7 +70,8 @@ def features(x, w, kind='prf', stable=False):
     """phi with E[phi(x).phi(y)] = exp(x.y): x (..., hs), w (m, hs) -> (..., m), all positive; 'trf' (..., 2m) of either sign.
 
     prf: exp(w.x - |x|^2 / 2) / sqrt(m), trf: exp(|x|^2 / 2) [sin(w.x), cos(w.x)] / sqrt(m); the others are prf with another
-    w. Each exponent of prf is at most |w|^2 / 2. At least float32. stable: less a number per token that makes the largest
+    w ('sphere' is unbiased for large hs only). Each exponent of prf is at most |w|^2 / 2, those of trf have no limit: it is
+    for normalised x, or overflows from norms of 13 on. At least float32. stable: less a number per token that makes the largest
     exponent 0, for queries: it is in numerator and normaliser. Keys have no such number that does not look ahead.
     """
     with torch.autocast(x.device.type, enabled=False):
@@ -129,8 +131,8 @@ def attend_dense(q, k, v, b, causal=True, valid=None, past=None):
     return divide(y, total).to(v.dtype)
 
 
-def divide(y, total, least=0.0):
-    """y / total, where a normaliser of magnitude `least` or less, which a row of vanished features has, counts as no weight."""
+def divide(y, total, least=1e-30):
+    """y / total, and 0 where the features of a row have vanished: its normaliser is `least` or less. The gradient has y / total^2."""
     gone = total.abs() <= least
     return (y / total.masked_fill(gone, 1)).masked_fill(gone, 0)
 
@@ -144,11 +146,13 @@ class CirculantProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, column, x):
         n, T = column.size(-1), x.size(-1)
-        ctx.save_for_backward(c := torch.fft.rfft(column), X := torch.fft.rfft(x, n))  # (..., n/2+1) complex
+        c, X = torch.fft.rfft(column), torch.fft.rfft(x, n)  # (..., n/2+1) complex
+        ctx.save_for_backward(c, X)
         ctx.sizes = column.shape, n, T
         return torch.fft.irfft(X * c, n)[..., :T]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         (c, X), (shape, n, T) = ctx.saved_tensors, ctx.sizes
         dY = torch.fft.rfft(dy, n)
@@ -184,7 +188,8 @@ def attend_fft(q, k, v, b, causal=True, valid=None):
             kv = k.transpose(2, 3)[:, :, :, None] * values.transpose(2, 3)[:, :, None]  # (B, nh, g, hs+1, T)
             return (q.transpose(2, 3)[:, :, :, None] * toeplitz_fft(c, kv)).sum(2).transpose(2, 3)  # (B, nh, T, hs+1)
         group = max(1, 2 ** (25 if q.is_cuda else 18) // values.numel())  # features at once: what a cache holds, or fills a GPU
-        y = sum(checkpoint(part, a, z, use_reentrant=False) for a, z in zip(q.split(group, -1), kept.split(group, -1)))
+        groups = zip(q.split(group, -1), kept.split(group, -1))
+        y = sum(checkpoint(part, *pair, use_reentrant=False, preserve_rng_state=False) for pair in groups)
         if valid is not None:  # padding sees itself
             self_weight = (q * (k - kept)).sum(-1, keepdim=True) * c[..., 0, T - 1:T]  # (B, nh, T, 1)
             y = y + self_weight * values
@@ -195,8 +200,8 @@ def attend_fft(q, k, v, b, causal=True, valid=None):
 def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
     """The value of attend_dense in O(T): chunks nearer than R as matrices, the farther ones as running sums. q, k, v, b: see there.
 
-    As many queries as keys. Exact, for b is one constant beyond R on either side. Any T, R and chunk (tokens); sums in at
-    least float32. Memory O(T (R + chunk)).
+    As many queries as keys. Exact, for b is one constant beyond R on either side. Any T, R and chunk (tokens); the running
+    sums are in at least float32. Memory per token and head: R + chunk weights, (1 + R / chunk) m features, m hs / chunk sums.
     """
     B, nh, T, m = q.shape
     R, c, N = b.size(-1) // 2, chunk, -(-T // chunk)
@@ -210,8 +215,8 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
         x = F.pad(x, (0, 0, 0, 0, P, shifts - P - 1))
         return torch.cat([x[:, :, r:r + N] for r in range(shifts)], 3)
 
-    def before(x):  # (..., N, ...) -> running sums over the chunks before the near ones
-        return F.pad(x.cumsum(2), (0, 0) * (x.dim() - 3) + (P + 1, 0))[:, :, :N]
+    def before(x):  # (B, nh, N, ., .) -> running sums over the chunks before the near ones
+        return F.pad(x.cumsum(2), (0, 0, 0, 0, P + 1, 0))[:, :, :N]
 
     i, j = torch.arange(c, device=q.device)[:, None], torch.arange((P + 1 if causal else 2 * P + 1) * c, device=q.device) - P * c
     see = near(valid).transpose(3, 4) | (i == j)  # (1 or B, 1, N, c, W)
@@ -220,7 +225,8 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
     bias = spread(b[:, None].expand(-1, c, -1), P * c, j.numel())[:, None].masked_fill(~see, float('-inf'))  # (1 or B, nh, N, c, W)
     top = bias.detach().amax(-1, keepdim=True)
     kept = k * valid
-    sums = (kept.transpose(3, 4) @ v).to(b.dtype), kept.sum(3, keepdim=True).to(b.dtype), valid.sum(3, keepdim=True)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    sums = (kept.transpose(3, 4) @ v.to(kept.dtype)).to(wide), kept.sum(3, keepdim=True, dtype=wide), valid.sum(3, keepdim=True)
     sides = [(b[:, 0], [before(x) for x in sums])]  # (B, nh, N, m, hs), (B, nh, N, 1, m), (1 or B, 1, N, 1, 1)
     if not causal:
         sides.append((b[:, -1], [before(x.flip(2)).flip(2) for x in sums]))
@@ -238,8 +244,9 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
 def attend_recurrent(q, k, v, b, valid, state):
     """The next tokens of a text: causal, in time and memory that do not grow with what came before. q, k, v, b, valid: of these.
 
-    state keeps the last R keys and values, and of all before them kv (B, nh, m, hs) and k_sum (B, nh, 1, m), sums, and
-    any (B,), whether there were any. Returns (B, nh, T, hs).
+    state keeps the last R keys and values, and of all before them kv (B, nh, m, hs) and k_sum (B, nh, 1, m), sums in at least
+    float32, and any (B,), whether there were any. The first piece is cheap at any length, a later one of T tokens makes a
+    (T, R+T) matrix. Returns (B, nh, T, hs).
     """
     if 'k' in state:
         k, v, valid = torch.cat((state['k'], k), 2), torch.cat((state['v'], v), 2), torch.cat((state['valid'], valid), 1)
@@ -249,9 +256,10 @@ def attend_recurrent(q, k, v, b, valid, state):
         past = dict(kv=0, k_sum=0, any=valid.new_zeros(valid.size(0)))
         y = attend_chunked(q, k, v, b, True, valid)
     old = max(0, k.size(2) - b.size(-1) // 2)  # tokens at R or more from all that will come
-    kept = k[:, :, :old] * valid[:, None, :old, None]
-    state.update(k=k[:, :, old:], v=v[:, :, old:], valid=valid[:, old:], any=past['any'] | valid[:, :old].any(1),
-                 kv=past['kv'] + kept.transpose(2, 3) @ v[:, :, :old].to(kept.dtype), k_sum=past['k_sum'] + kept.sum(2, keepdim=True))
+    with torch.autocast(k.device.type, enabled=False):  # a sum in bfloat16 would soon stop growing
+        kept = (k[:, :, :old] * valid[:, None, :old, None]).to(torch.promote_types(k.dtype, torch.float32))
+        state.update(kv=past['kv'] + kept.transpose(2, 3) @ v[:, :, :old].to(kept.dtype), k_sum=past['k_sum'] + kept.sum(2, keepdim=True),
+                     any=past['any'] | valid[:, :old].any(1), k=k[:, :, old:].clone(), v=v[:, :, old:].clone(), valid=valid[:, old:])
     return y
 
 

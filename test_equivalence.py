@@ -64,6 +64,7 @@ def schemes(**fields):
     """(name, model, tokens) of every scheme with relative positions or none."""
     yield 'nope', *make(nope, **fields)
     yield 'composite', *make(composite, kernel_size=5, dynamic_key=True, **fields)
+    yield 'composite, far + near', *make(composite, kernel_size=5, attention='fast', **fields)
     yield 'conv', *make(conv, kernel_size=5, queries_keys=True, values=True, output=True, bias=True, **fields)
     yield 'conv, outside the scores', *make(conv, kernel_size=5, lightweight=False, dynamic=False, values=True, **fields)
     yield 'conv, dynamic convolution alone', *make(conv, kernel_size=5, mixer='dynamic', queries_keys=True, output=True, **fields)
@@ -212,6 +213,8 @@ def test_far_and_near_are_the_dense_form():
                     for module in (composite, conv):
                         check(f'far + near = dense, {side}, 1 to 301 tokens, kernels of 1 to 17', with_gradients(lambda q, k, v, t: module.attend_fast(q, k, v, t, causal), inputs),
                               with_gradients(lambda q, k, v, t: composite.attend_dense(q, k, v, t, causal), inputs), 1e-11, least=1)
+        across = [random(B, H, D, 20, seed=s).transpose(2, 3) for s in (0, 1, 2)]  # channels not side by side
+        check(f'far + near = dense, {side}, inputs of any layout', composite.attend_fast(*across, random(1, H, 20, WIDTH), causal), composite.attend_dense(*across, random(1, H, 20, WIDTH), causal))
         slope = torch.linspace(-500, 500, WIDTH, dtype=torch.float64).expand(1, H, T, WIDTH)
         for sign in (1, -1):  # all the weight on one end or the other
             inputs = random(B, H, T, D), random(B, H, T, D, seed=1), random(B, H, T, D, seed=2), (sign * slope).clone().requires_grad_()
@@ -421,6 +424,10 @@ def test_positive_random_features():
     check('features for queries differ by one factor per token', kernelized.features(x, w[:8], 'prf', stable=True) / kernelized.features(x, w[:8]),
           (-(x @ w[:8].T).max() + x.square().sum() / 2).exp().expand(8))
     w = kernelized.random_matrix(3 * D, D, 'orf').view(3, D, D).double()
+    for sign in (1, -1):
+        one = torch.full((D,), D ** -0.5, dtype=torch.float64)
+        draws = torch.stack([kernelized.features(one, blocks) * kernelized.features(sign * one, blocks) * D for blocks in kernelized.random_matrix(20000 * D, D, 'orf').double().split(D)])
+        check('orthogonal random features are unbiased (20,000 draws)', draws.mean(), torch.tensor(sign, dtype=torch.float64).exp(), 0.06)
     check('orthogonal features: the rows of a block are', w @ w.transpose(1, 2), torch.diag_embed(w.square().sum(-1)), 1e-5)
     check('features on a sphere have one length', kernelized.random_matrix(20, D, 'sphere').norm(dim=1), torch.full((20,), D ** 0.5), 1e-5)
 
@@ -468,11 +475,24 @@ def test_kernelized_extremes():
                         check('kernelized, running state, float32, b from -100 to 100 nats = float64 loops', y, reference[0], 2e-4, least=1)
     for normalize in (True, False):  # inputs of any size through the whole module
         model, _ = make(kernelized, n_layer=1, normalize=normalize, max_distance=3)
-        for size in (0.0, 1e-8, 30.0, 1000.0):
+        for size in (0.0, 1e-8, *range(1, 26), 1000.0):
             for n in (1, 9):
                 y = model.float().h[0].attn(size * torch.randn(2, n, 16, generator=torch.Generator().manual_seed(0)))
                 assert y.isfinite().all(), f'normalize={normalize}, input of size {size}: not finite'
                 assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), list(model.h[0].attn.parameters()))), f'gradient, normalize={normalize}, size {size}'
+
+
+def test_running_state_in_low_precision():
+    """bfloat16 autocast over a long text: the running sums stay float32, and what is decoded stays near the parallel form."""
+    for dtype in (torch.float32, torch.bfloat16):  # autocast, and a model that is bfloat16 itself
+        model, _ = make(kernelized, max_distance=4, n_layer=1, n_features=8)
+        model, idx = model.to(dtype), torch.randint(50, (1, 700), generator=torch.Generator().manual_seed(0))
+        state = model.new_state()
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.float32):
+            whole = model(idx)[0].float()  # 700 tokens: the chunked form
+            parts = torch.cat([model(idx[:, i:i + 1], state=state)[0] for i in range(700)], 1).float()
+        check(f'kernelized, {"autocast" if dtype == torch.float32 else "bfloat16 model"}: 700 tokens from a state = all at once', parts, whole, 0.05)
+        assert state[0]['kv'].dtype == state[0]['k_sum'].dtype == torch.float32
 
 
 def test_forms_of_the_kernelized_model_agree():
@@ -550,6 +570,9 @@ def test_later_tokens_change_nothing_before_them():
         check_apart(f'{name}: and from there on they change', model(other)[0][:, 13:], model(idx)[0][:, 13:])
         leak = torch.autograd.functional.jacobian(lambda e: model.h[0](e)[0, 5].sum(), model.wte(idx[:1]))[0, 6:]
         assert leak.abs().max() == 0, f'{name}: token 5 has a gradient from later tokens'
+    model, idx = make(kernelized, max_distance=4, n_features=8, attention='fft')
+    other = torch.cat((idx[:, :13], (idx[:, 13:] + 1) % 50), 1)
+    check('kernelized, FFT: logits before a changed token are unchanged but for its rounding', model(other)[0][:, :13], model(idx)[0][:, :13])
 
 
 def test_padding_changes_nothing():
@@ -627,6 +650,15 @@ def test_bfloat16_and_compile_on_a_gpu():
                 with torch.autocast('cuda', torch.bfloat16):
                     check(f'{name}: bf16 = float32 on a GPU', model.hidden(idx, valid)[valid], reference[valid], 0.1)
                     check(f'{name}: bf16 compiled = float32 on a GPU', torch.compile(model.hidden)(idx, valid)[valid], reference[valid], 0.1)
+                plain = model.hidden(idx)
+                with torch.autocast('cuda', torch.bfloat16):  # without padding, the fast forms
+                    check(f'{name}: bf16 = float32 on a GPU', model.hidden(idx), plain, 0.1)
+                    check(f'{name}: bf16 compiled = float32 on a GPU', torch.compile(model.hidden)(idx), plain, 0.1)
+        for T, R in ((1, 3), (200, 300), (1031, 7)):
+            inputs = [x.detach().float().cuda().requires_grad_() for x in kernelized_inputs(T, R)]
+            dense = with_gradients(lambda *x: kernelized.attend_dense(*x, causal), inputs)
+            for form in (kernelized.attend_fft, kernelized.attend_chunked):
+                check(f'kernelized, {form.__name__[7:]} = dense in float32 on a GPU', with_gradients(lambda *x: form(*x, causal), inputs), dense, 1e-2)
         for T in (1, 8, 9, 200, 1031):
             exact = [torch.randn(2, 4, T, n, device='cuda').to(dtype) for n, dtype in ((64, torch.bfloat16),) * 3 + ((17, torch.float32),)]
             reference = with_gradients(lambda *x: composite.attend_dense(*x, causal), [x.float().requires_grad_() for x in exact])

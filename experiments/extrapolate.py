@@ -2,10 +2,10 @@
 Loss at 1, 2, 4 and 8 times the length of training, for any checkpoints.
 
     python experiments/extrapolate.py out/compare/*-causal-*     # what compare.py has trained: one line per scheme, all its seeds
-    python experiments/extrapolate.py out/composite-causal-python --quick
+    python experiments/extrapolate.py out/composite-causal-python out/nope-causal-python --quick
 
 None of the three papers shows it for all schemes. The same tokens are predicted at every length: the last block_size tokens of texts of 8 times
-block_size, with 0, 1, 3 or 7 times block_size tokens fed before them. A scheme that carries on gains from the longer context or stays level;
+block_size, with 0, 1, 3 or 7 times block_size tokens fed before them (so that at 1x the first of them have little to go by). A scheme that carries on gains from the longer context or stays level;
 learned absolute positions end at block_size and cannot answer at all.
 Writes experiments/results/extrapolate.csv and .png.
 """
@@ -29,16 +29,15 @@ def losses(model, ids, texts, device):
     T, found = model.config.block_size, {}
     starts = range(0, (len(ids) - 1) // (8 * T) * 8 * T, 8 * T)[:texts]
     for times in TIMES:
+        if model.config.absolute and times > 1:  # they end at block_size
+            found[times] = float('nan')
+            continue
         total = 0.0
         for s in starts:
             x = torch.tensor(ids[s + (8 - times) * T:s + 8 * T + 1].astype('int64'), device=device)[None]  # (1, times T + 1)
             targets = x[:, 1:].clone()
             targets[:, :-T] = -1
-            try:
-                total += model(x[:, :-1], targets)[1].item()
-            except ValueError:  # absolute positions end at block_size
-                total = float('nan')
-                break
+            total += model(x[:, :-1], targets)[1].item()
         found[times] = total / len(starts)
     return found
 
@@ -58,7 +57,7 @@ def main():
             die(f'{out} is a masked model; the loss at longer lengths is asked of causal ones')
         _, val, _ = text(checkpoint['settings']['dataset'], args.data_dir)
         name, _, seed = re.fullmatch(r'(.*?)(-(\d+))?', Path(out).name).groups()
-        name = name.split('-causal-')[-1]
+        name = name.split('-causal-')[-1] if Path(out).parent.name == 'compare' else name  # compare.py: <setting>-causal-<scheme>-<seed>
         if len(val) <= 8 * model.config.block_size:
             die(f'the validation text of {out} is shorter than 8 times block_size')
         rows += [(name, int(seed or 1), times, model.config.block_size, loss)

@@ -41,6 +41,10 @@ def kernels(model, idx):
     names = [f'layer {layer}, head {head}' for layer in range(1, len(model.h) + 1) for head in range(1, nh + 1)]
     found = {}
     attention = [block.attn for block in model.h]
+    if getattr(model.config, 'mixer', 'attention') != 'attention':
+        die('the kernels of a mixer are not drawn: they stand in place of attention, not in its scores')
+    if getattr(model.config, 'queries_keys', False) and attention[0].dynamic is not None:
+        print('query-made kernels are left out: half of these queries come from a convolution')
 
     def seen(K):  # the offsets of the scores that are ever looked at, and where in a kernel they stand
         return np.arange(-(K // 2), 1 if causal else K // 2 + 1), slice(0, K // 2 + 1 if causal else K)
@@ -49,7 +53,7 @@ def kernels(model, idx):
             beta = torch.cat([getattr(a, kind) for a in attention])  # (layers nh, K)
             offsets, looked = seen(beta.size(1))
             found[kind] = (beta[:, looked] - beta[:, looked].mean(1, keepdim=True), names, offsets)
-    if getattr(attention[0], 'dynamic', None) is not None:
+    if getattr(attention[0], 'dynamic', None) is not None and not getattr(model.config, 'queries_keys', False):
         offsets, looked = seen(attention[0].dynamic.size(0))
         made = torch.cat([q @ a.dynamic.T[:, looked] / math.sqrt(q.size(-1)) for q, a in zip(queries(model, idx), attention)])  # (layers nh, queries, offsets)
         made = made - made.mean(2, keepdim=True)
@@ -82,7 +86,7 @@ def draw(found, title, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out_dir', help='folder of a run of model_composite.py or model_conv.py (default: the newest run in out/)')
+    parser.add_argument('--out_dir', help='folder of a run of model_composite.py, model_conv.py or model_kernelized.py (default: the newest run in out/)')
     parser.add_argument('--data_dir', default='data', help='where the prepared text of the run is, for the query-made kernels (default data)')
     parser.add_argument('--tokens', type=int, default=8192, help='of the validation text (default 8192)')
     parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')

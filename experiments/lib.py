@@ -29,7 +29,8 @@ def rows(ids, starts, T, device='cpu'):
 
 def optimise(model, ids, steps, batch_size=16, learning_rate=3e-3, warmup=40, seed=1, device='cpu'):
     """Train as train.py does (AdamW, warm-up, cosine to 0, clipping at 1), yielding (step, loss, gradient norm before clipping)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)], lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * max(0, s - warmup) / max(1, steps - warmup))))
     T, generator = model.config.block_size, np.random.default_rng(seed)
     model.train()

@@ -8,8 +8,7 @@ Time and memory of every form of attention over the length of the text, and of a
 
 Answers Figure 1a of Luo et al. 2021 (forward time over n, one head of 64 on a V100: softmax 51.8 ms at 32k, kernelized by FFT with m = 32
 29.3 ms), with what stands against it today: flash attention. Kernelized forms start from q and k, features included. All forms of one length
-are timed in turns, so that their ratios belong to one moment; each figure is the median. Floors: matrix products at the GPU's rate, and every
-input and output read or written once.
+are timed in turns, so that their ratios belong to one moment; each figure is the median.
 Writes experiments/results/speed-<device>.csv and .png (or speed-steps-, speed-convs-<device>.csv).
 """
 import argparse
@@ -45,7 +44,7 @@ def plain_fft(q, k, v, b):
 
 
 def forms(device, hs, compiled):
-    """{name: (function of q, k, v, table, b, w; largest n it is asked for, by memory)}; all causal."""
+    """{name: (function of q, k, v, dynamic, fixed, b, w; largest n it is asked for, by memory)}; all causal."""
     wrap = torch.compile if compiled else lambda f, **_: f
 
     def backend(which):
@@ -59,17 +58,23 @@ def forms(device, hs, compiled):
         return (q @ k.transpose(2, 3) / math.sqrt(hs)).masked_fill(~mask, float('-inf')).softmax(-1) @ v
 
     def with_features(form):
-        def attention(q, k, v, table, b, w):
-            q, k = (kernelized.features(F.normalize(x, dim=-1, eps=1e-4), w).to(v.dtype) for x in (q, k))
-            return form(q, k, v, b)
+        def attention(q, k, v, dynamic, fixed, b, w):
+            with torch.autocast(device, torch.bfloat16, enabled=gpu):  # as in training: the features are float32, their products bfloat16
+                q, k = (kernelized.features(F.normalize(x, dim=-1, eps=1e-4), w) for x in (q, k))
+                return form(q, k, v, b)
         return attention
     gpu = device == 'cuda'
+
+    def with_table(form):
+        def attention(q, k, v, dynamic, fixed, *_):
+            return form(q, k, v, q @ dynamic.T.to(q.dtype) / math.sqrt(hs) + fixed[:, None])  # (B, nh, n, 2k+1)
+        return attention
     return {
         'softmax, explicit matrix': (explicit, 8192 if gpu else 2048),
         'softmax, flash': (backend(SDPBackend.FLASH_ATTENTION), 10 ** 9),
         **({'softmax, cuDNN': (backend(SDPBackend.CUDNN_ATTENTION), 10 ** 9)} if gpu else {}),
-        'composite, dense': (wrap(lambda q, k, v, table, *_: composite.attend_dense(q, k, v, table), dynamic=False), 8192 if gpu else 2048),
-        'composite, far + near': (wrap(lambda q, k, v, table, *_: composite.attend_fast(q, k, v, table), dynamic=False), 10 ** 9),
+        'composite, dense': (wrap(with_table(composite.attend_dense), dynamic=False), 8192 if gpu else 2048),
+        'composite, far + near': (wrap(with_table(composite.attend_fast), dynamic=False), 10 ** 9),
         'kernelized, dense': (wrap(with_features(kernelized.attend_dense), dynamic=False), 8192 if gpu else 2048),
         'kernelized, plain FFT': (with_features(plain_fft), 32768 if gpu else 2048),
         'kernelized, FFT': (with_features(kernelized.attend_fft), 10 ** 9),
@@ -110,8 +115,8 @@ def attention(args, device):
         torch._dynamo.reset()
         shape = (max(1, tokens // n), nh, n)
         q, k, v = (torch.randn(*shape, hs, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-        inputs = [q, k, v, torch.randn(*shape, 17, device=device, requires_grad=True), torch.zeros(nh, 257, device=device, requires_grad=True),
-                  torch.randn(m, hs, device=device)]
+        learned = [torch.randn(*size, device=device).mul_(0.1).requires_grad_() for size in ((17, hs), (nh, 17), (nh, 257))]  # dynamic, fixed, b
+        inputs = [q, k, v, *learned, torch.randn(m, hs, device=device)]
         grad = torch.randn_like(q)
         known = {name: f for name, (f, most) in forms(device, hs, gpu).items() if n <= most}
 
@@ -121,12 +126,12 @@ def attention(args, device):
                 x.grad = None
         peak = {}
         for name, f in list(known.items()):  # memory, and compilation before the clock runs
-            if gpu:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
             try:
                 both(f)
+                if gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                    both(f)
             except torch.OutOfMemoryError:
                 print(f'n = {n}: {name}: out of memory')
                 del known[name]

@@ -6,7 +6,8 @@ Plain random-feature attention against the normalised one with relative position
 
 Answers the claim of Luo et al. 2021 that plain PRF attention cannot be trained from scratch at BERT's size ("all attempts diverged") and
 that NPRF with RPE can; the authors find every variant stable in small translation models. Shown: training loss, norm of the gradient before
-clipping at 1, and the largest |q||k| of any layer (what the features' error grows with: Theorem 3; normalised it is 1).
+clipping at 1, and the largest |q||k| of any head (after scaling; what the features' error grows with: Theorem 3; normalised it is 1).
+One seed. A loss that is not finite ends its run.
 Writes experiments/results/stability.csv and .png.
 """
 import argparse
@@ -26,7 +27,7 @@ def watch(model):
 
     def hook(attention, _, out):
         q, k = (t.detach().unflatten(-1, (attention.n_head, -1)).norm(dim=-1) for t in out.chunk(3, -1)[:2])
-        seen.append(1.0 if attention.normalize else (q.max() * k.max()).item() / math.sqrt(out.size(-1) / 3 / attention.n_head))
+        seen.append(1.0 if attention.normalize else (q.amax((0, 1)) * k.amax((0, 1))).max().item() / math.sqrt(out.size(-1) / 3 / attention.n_head))
     for block in model.h:
         block.attn.c_attn.register_forward_hook(lambda _, args, out, attention=block.attn: hook(attention, args, out))
     return seen

@@ -75,8 +75,8 @@ def test_convert_and_stability(run, data_dir):
 
 def test_extrapolate(train):
     for scheme, words in {'none': ['nope'], 'absolute': ['nope', '--absolute'], 'nprf+rpe': ['kernelized']}.items():
-        train.train('--model', *words, '--max_iters', 2, '--out_dir', f'x-causal-{scheme}-1')
-    train('experiments/extrapolate.py', 'x-causal-none-1', 'x-causal-absolute-1', 'x-causal-nprf+rpe-1', '--quick', '--data_dir', train.words[1], '--results', 'results')
+        train.train('--model', *words, '--max_iters', 2, '--out_dir', f'compare/x-causal-{scheme}-1')
+    train('experiments/extrapolate.py', *(f'compare/x-causal-{scheme}-1' for scheme in ('none', 'absolute', 'nprf+rpe')), '--quick', '--data_dir', train.words[1], '--results', 'results')
     rows = written(train, 'extrapolate')
     loss = {(r['scheme'], int(r['times'])): float(r['loss']) for r in rows}
     assert len(rows) == 12 and all(math.isnan(loss['absolute', times]) for times in (2, 4, 8))

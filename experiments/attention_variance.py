@@ -111,7 +111,10 @@ def main():
         val = val[torch.linspace(0, len(val) - 1, min(len(val), 4 * args.sequences)).long()]  # from all over it
         curves += [(f'trained: {Path(out_dir).name}', None, layer, v, None) for layer, v in enumerate(variances(model, val), 1)]
 
-    rows = [(what, sigma, layer, m, x, theory and theory / m) for what, sigma, layer, v, theory in curves for m, x in enumerate(v.tolist(), 1)]
+    longest = max(len(c[3]) for c in curves)
+    shown = {*np.geomspace(1, longest, 100).round().astype(int).tolist(), *powers(longest)}  # enough for any plot
+    rows = [(what, sigma, layer, m, x, theory and theory / m) for what, sigma, layer, v, theory in curves
+            for m, x in enumerate(v.tolist(), 1) if m in shown]
     path = write_csv(args.results, f'attention_variance{"-quick" if args.quick else ""}', ('what', 'sigma', 'layer', 'm', 'variance', 'theory'), rows)
     draw(curves, args, path.with_suffix('.png'))
 

@@ -112,13 +112,13 @@ def main():
         curves += [(f'trained: {Path(out_dir).name}', None, layer, v, None) for layer, v in enumerate(variances(model, val), 1)]
 
     longest = max(len(c[3]) for c in curves)
-    shown = {*np.geomspace(1, longest, 100).round().astype(int).tolist(), *powers(longest)}  # enough for any plot
+    at = [2 ** i for i in range(longest.bit_length())]
+    shown = {*np.geomspace(1, longest, 100).round().astype(int).tolist(), *at}  # enough for any plot
     rows = [(what, sigma, layer, m, x, theory and theory / m) for what, sigma, layer, v, theory in curves
             for m, x in enumerate(v.tolist(), 1) if m in shown]
     path = write_csv(args.results, f'attention_variance{"-quick" if args.quick else ""}', ('what', 'sigma', 'layer', 'm', 'variance', 'theory'), rows)
     draw(curves, args, path.with_suffix('.png'))
 
-    at = [2 ** i for i in range(max(len(c[3]) for c in curves).bit_length())]
     print(f'\n| what | sigma | layer |{"".join(f" m={m} |" for m in at)} / theory, m=1 | / theory, last m | slope |\n|{"---|" * (len(at) + 6)}')
     for what, sigma, layer, v, theory in curves:
         cells = [f'{v[m - 1]:.3g}' if m <= len(v) else '' for m in at]

@@ -19,8 +19,9 @@ With a mixer the kernels of the scores have no place, and --no-output makes it t
 the convolutions have all their kernel_size taps in the past; in the scores, as in model_composite.py, offsets beyond
 +-k share the end entry and the future is masked. Departures from the papers: pre-norm blocks, no dropout on the
 attention weights, no bias in the depthwise convolutions, the dynamic kernel of a mixer is made by the query and its W
-shared by the heads. Which injection points serve best together is not measured yet, nor which form is fastest on a GPU.
-Plain forms: loops and banded Toeplitz matrices in test_equivalence.py. Fast form of the depthwise convolution: conv1d.
+shared by the heads. The default, scores and output, ended lowest of eight combinations, causal and masked
+(experiments/README.md). Plain forms: loops and banded Toeplitz matrices in test_equivalence.py. Fast forms: conv1d for the
+depthwise convolution, attend_fast (as in model_composite.py) for the scores.
 """
 import math
 from dataclasses import dataclass

@@ -36,7 +36,7 @@ SCHEMES = {  # name: flags of train.py
     'nprf': ['--model', 'kernelized', '--no-rpe'],
     'nprf+rpe': ['--model', 'kernelized'],
 }
-COLORS = {scheme: f'C{i}' if i < 10 else f'#{hex}' for i, (scheme, hex) in enumerate(zip(SCHEMES, [''] * 10 + 'aec7e8 ffbb78 98df8a ff9896 000000 777777'.split()))}
+COLORS = {scheme: f'C{i}' if i < 10 else f'#{hex}' for i, (scheme, hex) in enumerate(zip(SCHEMES, [''] * 10 + 'aec7e8 ffbb78 98df8a ff9896 8c6d31 000000'.split()))}
 QUICK = '--max_iters 60 --n_layer 2 --n_embd 64 --batch_size 16 --warmup_iters 10 --eval_interval 20 --eval_tokens 16384'.split()
 
 
@@ -100,7 +100,8 @@ def plot(curves, args, path):
             above.plot(steps[1:], [statistics.mean(losses) for losses in zip(*seeds)][1:], color=COLORS[scheme], lw=1.5, label=scheme)
             below.plot([losses[-1] for losses in seeds], [row] * len(seeds), 'o', color=COLORS[scheme], ms=5, alpha=0.8)
         above.set(title=f'{objective} language model', xlabel='step', ylabel='validation loss, mean over seeds\n(nats per token)')
-        above.legend(fontsize=7, ncols=2)
+        if n <= 6:  # else the colours are named below alone
+            above.legend(fontsize=7)
         below.set(xlabel='last validation loss, one dot per seed (nats per token)', yticks=range(n), yticklabels=args.schemes)
         below.invert_yaxis()
         for ax in (above, below):

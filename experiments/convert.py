@@ -14,7 +14,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from lib import REPO, optimise, pyplot, text, validation, write_csv
+from lib import common_flags, optimise, pyplot, save, text, validation, write_csv
 
 import model_kernelized as M
 
@@ -39,10 +39,7 @@ def main():
     parser.add_argument('--seeds', type=int, default=3, help='trained models of each kind (default 3)')
     parser.add_argument('--draws', type=int, default=5, help='of the random features (default 5)')
     parser.add_argument('--tokens', type=int, default=16384, help='of the validation text (default 16384)')
-    parser.add_argument('--dataset', default='python', help='default python')
-    parser.add_argument('--data_dir', default='data', help='default data')
-    parser.add_argument('--quick', action='store_true', help='one seed, 100 steps, two draws')
-    parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
+    common_flags(parser, 'one seed, 100 steps, two draws')
     args = parser.parse_args()
     if args.quick:
         args.steps, args.seeds, args.draws = min(args.steps, 100), 1, 2
@@ -82,8 +79,7 @@ def main():
     ax.minorticks_off()
     ax.grid(alpha=0.3)
     ax.legend()
-    fig.savefig(path.with_suffix('.png'), dpi=120)
-    print(f'\nwrote {path} and its .png')
+    save(fig, path)
 
 
 if __name__ == '__main__':

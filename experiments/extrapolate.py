@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from compare import COLORS
-from lib import REPO, pyplot, text, write_csv
+from lib import common_flags, pyplot, save, text, write_csv
 
 from sample import die, load_run
 
@@ -47,8 +47,7 @@ def main():
     parser.add_argument('out_dirs', nargs='+', help='folders of causal runs; a last -1, -2, ... in the name is the seed')
     parser.add_argument('--texts', type=int, default=100, help='of 8 times block_size tokens (default 100)')
     parser.add_argument('--data_dir', default='data', help='default data')
-    parser.add_argument('--quick', action='store_true', help='8 texts')
-    parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
+    common_flags(parser, '8 texts', dataset=False)
     args = parser.parse_args()
     device, rows = 'cuda' if torch.cuda.is_available() else 'cpu', []
     for out in args.out_dirs:
@@ -84,8 +83,7 @@ def main():
     ax.minorticks_off()
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7, ncols=2)
-    fig.savefig(path.with_suffix('.png'), dpi=120)
-    print(f'\nwrote {path} and its .png')
+    save(fig, path)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from lib import REPO, pyplot, write_csv
+from lib import common_flags, pyplot, save, write_csv
 
 from model_kernelized import features, random_matrix
 
@@ -34,8 +34,7 @@ def error(norm, m, kind, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--draws', type=int, default=100, help='of queries, keys and features (default 100)')
-    parser.add_argument('--quick', action='store_true', help='10 draws')
-    parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
+    common_flags(parser, '10 draws', dataset=False)
     args = parser.parse_args()
     draws = 10 if args.quick else args.draws
     rows = [(kind, R, m, statistics.mean(e), statistics.stdev(e)) for kind in ('prf', 'orf', 'sphere', 'trf') for R in NORMS for m in SIZES
@@ -60,8 +59,7 @@ def main():
         ax.set_xticks(SIZES, SIZES)
         ax.grid(alpha=0.3)
         ax.legend()
-    fig.savefig(path.with_suffix('.png'), dpi=120)
-    print(f'\nwrote {path} and its .png')
+    save(fig, path)
 
 
 if __name__ == '__main__':

@@ -54,6 +54,15 @@ def validation(model, ids, T, tokens=16384, batch_size=16, device='cpu'):
     return sum(losses) / len(starts)
 
 
+def common_flags(parser, quick, dataset=True):
+    """The flags that experiments have in common; `quick` says what --quick does."""
+    if dataset:
+        parser.add_argument('--dataset', default='python', help='default python')
+        parser.add_argument('--data_dir', default='data', help='default data')
+    parser.add_argument('--quick', action='store_true', help=quick)
+    parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
+
+
 def write_csv(folder, name, header, rows):
     """-> path of folder/name.csv; floats with five digits."""
     path = Path(folder, f'{name}.csv')
@@ -61,6 +70,12 @@ def write_csv(folder, name, header, rows):
     with open(path, 'w', newline='', encoding='utf-8') as f:
         csv.writer(f).writerows([header, *([f'{x:.5g}' if isinstance(x, float) else x for x in row] for row in rows)])
     return path
+
+
+def save(fig, path):
+    """The picture beside the table at path."""
+    fig.savefig(path.with_suffix('.png'), dpi=120)
+    print(f'\nwrote {path} and its .png')
 
 
 def pyplot():

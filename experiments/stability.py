@@ -14,7 +14,7 @@ import argparse
 import math
 
 import torch
-from lib import REPO, optimise, pyplot, text, write_csv
+from lib import common_flags, optimise, pyplot, save, text, write_csv
 
 import model_kernelized as M
 
@@ -37,10 +37,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--steps', type=int, default=400, help='of training (default 400)')
     parser.add_argument('--rates', nargs='+', type=float, default=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1], help='learning rates')
-    parser.add_argument('--dataset', default='python', help='default python')
-    parser.add_argument('--data_dir', default='data', help='default data')
-    parser.add_argument('--quick', action='store_true', help='60 steps, two learning rates')
-    parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
+    common_flags(parser, '60 steps, two learning rates')
     args = parser.parse_args()
     if args.quick:
         args.steps, args.rates = min(args.steps, 60), args.rates[1:4:2]
@@ -77,8 +74,7 @@ def main():
     for ax, label in zip(axes[:, 0], ('training loss (nats per token)', 'gradient norm', 'largest |q||k|')):
         ax.set_ylabel(label)
     axes[0, 0].legend()
-    fig.savefig(path.with_suffix('.png'), dpi=120)
-    print(f'\nwrote {path} and its .png')
+    save(fig, path)
 
 
 if __name__ == '__main__':

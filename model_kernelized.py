@@ -48,8 +48,8 @@ class Config:
     init_std: float = 0.02  # standard deviation of the initial Linear and Embedding weights
     scale_residual_init: bool = True  # GPT-2: residual projections scaled by 1/sqrt(2 n_layer); the variance theory needs it off
     # the position scheme
-    n_features: int = 64  # random features m; trf makes two of each
-    feature_map: Literal['prf', 'trf', 'orf', 'sphere'] = 'prf'  # positive, trigonometric; positive with orthogonal or equally long rows
+    n_features: int = 64  # random features m; trf makes two of each, elu has as many as channels
+    feature_map: Literal['prf', 'trf', 'orf', 'sphere', 'elu'] = 'prf'  # positive, trigonometric; positive with orthogonal or equally long rows; elu(x) + 1
     normalize: bool = True  # queries and keys divided by their L2 norm; else by hs^(1/4)
     rpe: bool = True  # relative positions b_{j-i}
     max_distance: int = 128  # offsets beyond it share the end weight; from block_size on none does
@@ -71,11 +71,14 @@ def features(x, w, kind='prf', stable=False):
 
     prf: exp(w.x - |x|^2 / 2) / sqrt(m), trf: exp(|x|^2 / 2) [sin(w.x), cos(w.x)] / sqrt(m); the others are prf with another
     w ('sphere' is unbiased for large hs only). Each exponent of prf is at most |w|^2 / 2, those of trf have no limit: it is
-    for normalised x, or overflows from norms of 13 on. At least float32. stable: less a number per token that makes the largest
+    for normalised x, or overflows from norms of 13 on. 'elu' is elu(x) + 1 (Katharopoulos et al. 2020): no exponential, no w,
+    (..., hs). At least float32. stable: less a number per token that makes the largest
     exponent 0, for queries: it is in numerator and normaliser. Keys have no such number that does not look ahead.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if kind == 'elu':
+            return F.elu(x) + 1
         wx, square = x @ w.to(x.dtype).T, x.square().sum(-1, keepdim=True) / 2  # (..., m), (..., 1)
         if kind == 'trf':
             return torch.cat((wx.sin(), wx.cos()), -1) * (0 * square if stable else square).exp() / math.sqrt(w.size(0))
@@ -272,8 +275,8 @@ class Attention(nn.Module):
             raise ValueError(f'n_embd must be a multiple of n_head, not {config.n_embd} with {config.n_head} heads')
         if config.n_features < 1 or config.max_distance < 0:
             raise ValueError(f'n_features must be positive and max_distance not negative, not {config.n_features} and {config.max_distance}')
-        if config.feature_map not in ('prf', 'trf', 'orf', 'sphere'):
-            raise ValueError(f'feature_map must be prf, trf, orf or sphere, not {config.feature_map!r}')
+        if config.feature_map not in ('prf', 'trf', 'orf', 'sphere', 'elu'):
+            raise ValueError(f'feature_map must be prf, trf, orf, sphere or elu, not {config.feature_map!r}')
         if config.attention not in ('auto', 'dense', 'fft', 'chunked'):
             raise ValueError(f'attention must be auto, dense, fft or chunked, not {config.attention!r}')
         self.n_head, self.causal, self.normalize = config.n_head, config.causal, config.normalize

@@ -389,12 +389,14 @@ def test_kernelized_layer_is_its_equations():
     """The whole Attention module, each feature map, with and without normalisation and b, from its own parameters."""
     for causal in (True, False):
         for fields in (dict(), dict(normalize=False), dict(rpe=False), dict(normalize=False, rpe=False), dict(feature_map='trf'), dict(feature_map='trf', normalize=False, n_features=200),
-                       dict(feature_map='orf'), dict(feature_map='sphere')):
+                       dict(feature_map='orf'), dict(feature_map='sphere'), dict(feature_map='elu', normalize=False)):
             model, _ = make(kernelized, causal=causal, n_layer=1, n_head=H, n_embd=H * D, **{**dict(max_distance=3, n_features=8), **fields})
             att, x, m = model.h[0].attn, random(B, T, H * D), model.config.n_features
 
             def phi(x):
                 x = x / x.norm(dim=-1, keepdim=True) if att.normalize else x / D ** 0.25
+                if model.config.feature_map == 'elu':
+                    return torch.where(x > 0, x + 1, x.exp())
                 if model.config.feature_map == 'trf':
                     scale = (x.pow(2).sum(-1, keepdim=True) / 2).exp() / m ** 0.5
                     return torch.cat([scale * torch.sin(x @ att.w.T), scale * torch.cos(x @ att.w.T)], -1)

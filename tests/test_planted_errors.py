@@ -71,6 +71,7 @@ ERRORS = {  # what: (files, right, wrong); the right text stands exactly once in
     'kernelized: vanished features divided by': (KERNELIZED, 'least=1e-30', 'least=0.0'),
     'kernelized: running sums in bfloat16': (KERNELIZED, "kv=past['kv'] + kept.transpose(2, 3) @ v[:, :, :old].to(kept.dtype)", "kv=(past['kv'] + kept.transpose(2, 3) @ v[:, :, :old].to(kept.dtype)).bfloat16().to(kept.dtype)"),
     'kernelized: largest log-weight of the future': (KERNELIZED, '(bias - top).exp()  # (B, nh, T, m)', '(bias - top.roll(-1, 2)).exp()  # (B, nh, T, m)'),
+    'kernelized: elu without one': (KERNELIZED, 'return F.elu(x) + 1', 'return F.elu(x)'),
     'kernelized: sine without cosine': (KERNELIZED, 'torch.cat((wx.sin(), wx.cos()), -1)', 'torch.cat((wx.sin(), wx.sin()), -1)'),
     'query and key exchanged': (ALL, 'q, k, v = (t.view', 'k, q, v = (t.view'),
     'heads split along time': (ALL, 't.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)', 't.reshape(B, self.n_head, T, C // self.n_head)'),

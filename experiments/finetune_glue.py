@@ -1,5 +1,5 @@
 """
-Fine-tune pre-trained models on five tasks of GLUE, each with several seeds: what is a position scheme worth to a reader of sentences?
+Fine-tune pre-trained models on five tasks of GLUE and one of word order, with several seeds: what is a position scheme worth to a reader?
 
     python experiments/finetune_glue.py --out_dirs out/composite-masked-wikitext2 --quick              # a minute on two CPU cores: does it run?
     python experiments/finetune_glue.py --out_dirs out/nope-masked-wikitext2 out/composite-masked-wikitext2 --scratch
@@ -18,7 +18,9 @@ Tables 1 and 6 of Chang et al. 2021, with their settings of fine-tuning (Table 5
 Expect less: our models are smaller and have read far less (theirs 125,000 steps of 128 texts of 128 word pieces), theirs learn MNLI before
 MRPC, RTE and STS-B, and the test columns are of the best of ten runs on dev; here, as in their dev columns, it is the mean of all. A model of
 bytes with block_size 128 sees half of a usual pair of MRPC and RTE; schemes other than absolute can try --max_length 512.
-Writes experiments/results/finetune_glue.csv (run, task, metric, seed, value) and .png.
+`order` is not of GLUE, and not of the paper: were two neighbouring words of one of CoLA's good sentences swapped? It asks for positions
+as CoLA does, and for far less grammar; a masked model without positions sees the same bag of letters either way.
+Writes experiments/results/finetune_glue[-quick][-<tasks>].csv (run, task, metric, seed, value) and .png.
 """
 import argparse
 import csv
@@ -37,6 +39,7 @@ sys.path.insert(0, str(REPO))
 from sample import die, load_run, tokenizer  # noqa: E402
 
 TASKS = {  # task: folder of the local files, columns of the label and the texts there, epochs
+    'order': ('CoLA', (1, 3), 10),
     'cola': ('CoLA', (1, 3), 3),
     'sst2': ('SST-2', (1, 0), 3),
     'mrpc': ('MRPC', (0, 3, 4), 3),
@@ -56,8 +59,27 @@ def table(path, task):
     return [(number(line[label]), *(line[c] for c in texts)) for line in lines[header:]]
 
 
+def swapped(rows):
+    """CoLA's good sentences with two inner words to swap, half of them with two neighbours swapped: rows (swapped or not, text).
+
+    Not the first or the last word, whose capital or full stop would tell. Each sentence is there once.
+    """
+    rng, found = np.random.default_rng(1), []
+    for label, text in rows:
+        words = text.split()
+        places = [i for i in range(1, len(words) - 2) if words[i] != words[i + 1]]
+        if label and places:
+            found.append((int(rng.integers(2)), words))
+            if found[-1][0]:
+                i = rng.choice(places)
+                words[i:i + 2] = words[i + 1], words[i]
+    return [(label, ' '.join(words)) for label, words in found]
+
+
 def read(task, glue):
     """-> rows to train on, rows of dev."""
+    if task == 'order':
+        return [swapped(rows) for rows in read('cola', glue)]
     try:
         if glue is None:
             import datasets
@@ -99,6 +121,13 @@ def predict(model, head, texts):
     return head(x.masked_fill(~valid[..., None], 0).sum(1) / valid.sum(1, keepdim=True))  # (B, C) -> (B, classes)
 
 
+def batches(lengths):
+    """An epoch in random batches of rows, each of texts of similar lengths: half of the tokens or more would be padding otherwise."""
+    pools = [pool[lengths[pool].argsort()] for pool in torch.randperm(len(lengths)).split(16 * BATCH)]
+    found = [rows for pool in pools for rows in pool.split(BATCH)]
+    return [found[i] for i in torch.randperm(len(found))]
+
+
 def finetune(model, texts, labels, dev, epochs):
     """Train model and a new head on texts and their labels -> predictions for the texts of dev, the loss of each step."""
     regression, device = labels.is_floating_point(), model.wte.weight.device
@@ -108,8 +137,9 @@ def finetune(model, texts, labels, dev, epochs):
     warmup = max(1, round(WARMUP * steps))
     optimizer = torch.optim.Adam(params, LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / warmup, (steps - n) / max(1, steps - warmup)))
+    lengths = torch.tensor([len(text) for text in texts])
     model.train()
-    for rows in (rows for _ in range(epochs) for rows in torch.randperm(len(texts)).split(BATCH)):
+    for rows in (rows for _ in range(epochs) for rows in batches(lengths)):
         y, target = predict(model, head, [texts[i] for i in rows]), labels[rows].to(device)  # (B, classes), (B,)
         loss = F.mse_loss(y[:, 0], target) if regression else F.cross_entropy(y, target)
         loss.backward()
@@ -177,6 +207,7 @@ def main():
     parser.add_argument('--out_dirs', nargs='+', required=True, help='folders that train.py wrote')
     parser.add_argument('--tasks', nargs='+', choices=list(TASKS), default=list(TASKS), help='default: all')
     parser.add_argument('--seeds', type=int, default=5, help='seeds 1, 2, ... of head and batches (default 5)')
+    parser.add_argument('--examples', type=int, help='to train on, at most (default: all)')
     parser.add_argument('--max_length', type=int, help='of a text or pair in tokens; longer ones are cut (default: the block_size of the training)')
     parser.add_argument('--glue', help="folder of GLUE's .tsv files (or .tsv.xz) instead of a download: CoLA/train.tsv, CoLA/dev.tsv, SST-2/...")
     parser.add_argument('--scratch', action='store_true', help='each run also from random weights of the same config: what is pre-training worth?')
@@ -184,8 +215,8 @@ def main():
     parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
     args = parser.parse_args()
     names = [Path(out).resolve().name for out in args.out_dirs]
-    if len(set(names)) < len(names) or args.seeds < 1 or (args.max_length or 3) < 3:
-        die('--out_dirs must have different names, --seeds must be at least 1 and --max_length at least 3')
+    if len(set(names)) < len(names) or min(args.seeds, args.examples or 1) < 1 or (args.max_length or 3) < 3:
+        die('--out_dirs must have different names, --seeds and --examples must be at least 1 and --max_length at least 3')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     print(f'device: {device}', flush=True)
     data, values = {task: read(task, args.glue) for task in args.tasks}, {}  # values {(run, task, metric): a value per seed}
@@ -206,7 +237,7 @@ def main():
                 fresh = type(model)(model.config).to(device)
                 if run == name:
                     fresh.load_state_dict(checkpoint['model'])
-                some = torch.randperm(len(texts))[:320 if args.quick else None]
+                some = torch.randperm(len(texts))[:320 if args.quick else args.examples]
                 y, losses = finetune(fresh, [texts[i] for i in some], labels[some], dev, 1 if args.quick else TASKS[task][2])
                 found, tenth = metrics(task, y, t.numpy()), -(-len(losses) // 10)
                 for metric, value in found.items():
@@ -214,7 +245,7 @@ def main():
                 print(f'{run} {task} seed {seed}: {len(losses)} steps, loss {statistics.mean(losses[:tenth]):.3f} -> '
                       f'{statistics.mean(losses[-tenth:]):.3f}, ' + ', '.join(f'{metric} {value:.1f}' for metric, value in found.items()), flush=True)
 
-    path = Path(args.results, f'finetune_glue{"-quick" * args.quick}.png')
+    path = Path(args.results, '-'.join(['finetune_glue', *(['quick'] if args.quick else []), *(args.tasks if args.tasks != list(TASKS) else [])]) + '.png')
     path.parent.mkdir(parents=True, exist_ok=True)
     print('\n| run | task | metric | mean on dev | standard deviation | seeds | baseline |\n|---|---|---|---|---|---|---|')
     with open(path.with_suffix('.csv'), 'w', newline='', encoding='utf-8') as f:

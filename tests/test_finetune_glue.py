@@ -22,7 +22,7 @@ def test_finetune_glue(train):
     train.train('--model', 'composite', '--objective', 'masked', '--max_iters', 2, '--out_dir', 'out/tiny')
     words = ['experiments/finetune_glue.py', '--out_dirs', 'out/tiny', '--tasks', 'mrpc', '--quick', '--results', 'results']
     out = train(*words, '--glue', CORPORA / 'glue', '--scratch').out
-    rows = list(csv.DictReader(open(train.folder / 'results/finetune_glue-quick.csv')))
+    rows = list(csv.DictReader(open(train.folder / 'results/finetune_glue-quick-mrpc.csv')))
     runs = ['tiny', 'tiny, random weights']
     assert [(r['run'], r['metric'], r['seed']) for r in rows] == [(run, m, seed) for run, seed in (('baseline', ''), *((r, '1') for r in runs))
                                                                  for m in ('F1', 'accuracy')]
@@ -31,7 +31,7 @@ def test_finetune_glue(train):
     for r in rows[2:]:
         assert f'| {r["run"]} | mrpc | {r["metric"]} | {float(r["value"]):.2f} | - | 1 | {base[r["metric"]]:.2f} |' in out
     assert out.startswith('device: ') and out.count('seed 1: 10 steps, loss') == 2
-    assert (train.folder / 'results/finetune_glue-quick.png').read_bytes()[:4] == b'\x89PNG'
+    assert (train.folder / 'results/finetune_glue-quick-mrpc.png').read_bytes()[:4] == b'\x89PNG'
     assert train(*words, '--glue', CORPORA / 'glue', '--scratch').out == out
     train(*words, code=2, HF_HOME=str(train.folder))  # no network in the tests, and nothing kept from one
     assert len(train.err.splitlines()) == 1 and '--glue takes a folder' in train.err
@@ -50,6 +50,29 @@ def test_data():
         assert task in ('cola', 'stsb') or not {row[1:] for row in train} & {row[1:] for row in dev}  # those two repeat a few themselves
     assert ft.read('rte', CORPORA / 'glue')[1][0] == (1, 'Dana Reeve, the widow of the actor Christopher Reeve, has died of lung cancer at age 44, '
                                                      'according to the Christopher Reeve Foundation.', 'Christopher Reeve had an accident.')
+
+
+@needs_glue
+def test_order():
+    """CoLA's good sentences, half with two inner neighbours swapped; the bytes are those of the sentence, its first and last word stay."""
+    for rows, source in zip(ft.read('order', CORPORA / 'glue'), ft.read('cola', CORPORA / 'glue')):
+        good = [text.split() for label, text in source if label]
+        good = [words for words in good if len(words) > 3 and any(a != b for a, b in zip(words[1:-2], words[2:-1]))]
+        assert len(rows) == len(good) and abs(np.mean([label for label, _ in rows]) - 0.5) < 0.05
+        for (label, text), words in zip(rows, good):
+            moved = [i for i, (a, b) in enumerate(zip(text.split(), words, strict=True)) if a != b]
+            assert sorted(text) == sorted(' '.join(words)) and (moved == [] if not label else len(moved) == 2 and moved[1] == moved[0] + 1)
+            assert 0 not in moved and len(words) - 1 not in moved
+
+
+def test_batches():
+    """Every text once, few of them beside much longer ones, another order each time."""
+    torch.manual_seed(0)
+    lengths = torch.randint(5, 100, (1100,))
+    found = ft.batches(lengths)
+    assert sorted(torch.cat(found).tolist()) == list(range(1100)) and len(found) == 35 and {len(rows) for rows in found} == {32, 12}
+    assert sum(int(lengths[rows].max()) * len(rows) for rows in found) < 1.15 * int(lengths.sum())
+    assert torch.cat(found).tolist() != torch.cat(ft.batches(lengths)).tolist()
 
 
 def test_metrics_by_hand():
@@ -93,4 +116,4 @@ def test_it_learns():
     labels = torch.tensor([int((text == 97).float().mean() > 0.5) for text in texts])
     model = module.Model(module.Config(n_layer=1, n_embd=64, causal=False))
     y, losses = ft.finetune(model, texts[:512], labels[:512], texts[512:], 3)
-    assert len(losses) == 48 and losses[0] > 0.6 and losses[-1] < 0.4 and (y == labels[512:].numpy()).mean() > 0.9
+    assert len(losses) == 48 and min(losses[:3]) > 0.6 and np.mean(losses[-16:]) < 0.4 and (y == labels[512:].numpy()).mean() > 0.9

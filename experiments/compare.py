@@ -6,8 +6,9 @@ Train several position schemes at equal budget, with several seeds, and compare 
     python experiments/compare.py --train --preset small --device cuda   # everything after --train goes to train.py
 
 The question of Chang et al. 2021, Tables 1 to 3 (masked: none, absolute, fixed, dynamic, composite, convolutions), asked of the
-loss itself, and with the last five that of Luo et al. 2021, Table 3: softmax with a fixed kernel of 257 offsets (what their table
-lacks), elu + 1, plain random features, normalised, with relative positions of the same 257 offsets.
+loss itself, and with the last six that of Luo et al. 2021, Table 3: softmax with a fixed kernel of 257 offsets (what their table
+lacks); elu + 1 and random features (of normalised vectors: trf is RFA, nprf the paper's) with absolute positions; the
+paper's, with relative positions of the same 257 offsets.
 Runs stay in out/compare/ and are not trained twice: an interrupted comparison goes on where it stopped.
 Writes experiments/results/compare-<dataset>.csv and .png.
 """
@@ -34,12 +35,13 @@ SCHEMES = {  # name: flags of train.py
     'composite+qk': ['--model', 'conv', '--lightweight', '--dynamic', '--no-output', '--queries_keys'],
     'conv-all': ['--model', 'conv', '--lightweight', '--dynamic', '--output', '--values', '--queries_keys'],
     'fixed-257': ['--model', 'composite', '--no-dynamic', '--kernel_size', '257'],
-    'elu': ['--model', 'kernelized', '--feature_map', 'elu', '--no-normalize', '--no-rpe'],
-    'prf': ['--model', 'kernelized', '--no-normalize', '--no-rpe'],
-    'nprf': ['--model', 'kernelized', '--no-rpe'],
+    'elu+absolute': ['--model', 'kernelized', '--absolute', '--feature_map', 'elu', '--no-normalize', '--no-rpe'],
+    'trf+absolute': ['--model', 'kernelized', '--absolute', '--feature_map', 'trf', '--no-rpe'],
+    'prf+absolute': ['--model', 'kernelized', '--absolute', '--no-normalize', '--no-rpe'],
+    'nprf+absolute': ['--model', 'kernelized', '--absolute', '--no-rpe'],
     'nprf+rpe': ['--model', 'kernelized'],
 }
-COLORS = {scheme: f'C{i}' if i < 10 else f'#{hex}' for i, (scheme, hex) in enumerate(zip(SCHEMES, [''] * 10 + 'aec7e8 ffbb78 98df8a ff9896 c5b0d5 c49c94 8c6d31 000000'.split()))}
+COLORS = {scheme: f'C{i}' if i < 10 else f'#{hex}' for i, (scheme, hex) in enumerate(zip(SCHEMES, [''] * 10 + 'aec7e8 ffbb78 98df8a ff9896 c5b0d5 c49c94 e7cb94 8c6d31 000000'.split()))}
 QUICK = '--max_iters 60 --n_layer 2 --n_embd 64 --batch_size 16 --warmup_iters 10 --eval_interval 20 --eval_tokens 16384'.split()
 
 

@@ -12,11 +12,10 @@ Writes experiments/results/extrapolate.csv and .png.
 import argparse
 import re
 import statistics
-from pathlib import Path
 
 import torch
 from compare import COLORS
-from lib import common_flags, pyplot, save, text, write_csv
+from lib import common_flags, pyplot, save, short_name, text, write_csv
 
 from sample import die, load_run
 
@@ -55,8 +54,7 @@ def main():
         if not model.config.causal:
             die(f'{out} is a masked model; the loss at longer lengths is asked of causal ones')
         _, val, _ = text(checkpoint['settings']['dataset'], args.data_dir)
-        name, _, seed = re.fullmatch(r'(.*?)(-(\d+))?', Path(out).name).groups()
-        name = name.split('-causal-')[-1] if Path(out).parent.name == 'compare' else name  # compare.py: <setting>-causal-<scheme>-<seed>
+        name, _, seed = re.fullmatch(r'(.*?)(-(\d+))?', short_name(out)).groups()
         if len(val) <= 8 * model.config.block_size:
             die(f'the validation text of {out} is shorter than 8 times block_size')
         rows += [(name, int(seed or 1), times, model.config.block_size, loss)

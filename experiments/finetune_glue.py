@@ -27,16 +27,16 @@ import csv
 import itertools
 import lzma
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-from sample import die, load_run, tokenizer  # noqa: E402
+from compare import COLORS
+from lib import REPO, pyplot, short_name
+
+from sample import die, load_run, tokenizer
 
 TASKS = {  # task: folder of the local files, columns of the label and the texts there, epochs
     'order': ('CoLA', (1, 3), 10),
@@ -181,9 +181,7 @@ def metrics(task, y, t):
 
 def plot(values, path):
     """values {(run, task, metric): a value per seed}: a group of bars per task, a bar per run, a line where the baseline is."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
+    plt = pyplot()
     first = {}  # the picture has one metric of each task
     for run, task, metric in values:
         first.setdefault(task, metric)
@@ -192,7 +190,7 @@ def plot(values, path):
     for x, (task, metric) in enumerate(first.items()):
         for n, run in enumerate(runs):
             found = values[run, task, metric]
-            ax.bar(x + 0.8 * ((n + 0.5) / len(runs) - 0.5), statistics.mean(found), 0.76 / len(runs), color=f'C{n}', capsize=3,
+            ax.bar(x + 0.8 * ((n + 0.5) / len(runs) - 0.5), statistics.mean(found), 0.76 / len(runs), color=COLORS.get(run.rsplit('-', 1)[0], f'C{n}'), capsize=3,
                    yerr=statistics.stdev(found) if len(found) > 1 else None, label=None if x else run)
         ax.hlines(values['baseline', task, metric], x - 0.45, x + 0.45, color='black', ls='--', label=None if x else 'baseline')
     ax.set_xticks(range(len(first)), [f'{task}\n{metric}' for task, metric in first.items()])
@@ -214,7 +212,7 @@ def main():
     parser.add_argument('--quick', action='store_true', help='one seed, one epoch of 320 examples')
     parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
     args = parser.parse_args()
-    names = [Path(out).resolve().name for out in args.out_dirs]
+    names = [short_name(out) for out in args.out_dirs]
     if len(set(names)) < len(names) or min(args.seeds, args.examples or 1) < 1 or (args.max_length or 3) < 3:
         die('--out_dirs must have different names, --seeds and --examples must be at least 1 and --max_length at least 3')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

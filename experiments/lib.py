@@ -1,6 +1,7 @@
 """What several experiments share: prepared text, a training loop of a few lines, and where results go."""
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def validation(model, ids, T, tokens=16384, batch_size=16, device='cpu'):
     starts = range(0, min(tokens, len(ids) - 1) // T * T, T)
     losses = [model(*rows(ids, starts[i:i + batch_size], T, device))[1].item() * len(starts[i:i + batch_size]) for i in range(0, len(starts), batch_size)]
     return sum(losses) / len(starts)
+
+
+def short_name(out):
+    """The name of a run's folder; of one that compare.py has trained, <setting>-<objective>-<scheme>-<seed>, the last two parts."""
+    path = Path(out).resolve()
+    return re.sub(r'.*-(causal|masked)-', '', path.name) if path.parent.name == 'compare' else path.name
 
 
 def common_flags(parser, quick, dataset=True):

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from attention_variance import random_model
-from lib import REPO, pyplot, text, write_csv
+from lib import REPO, pyplot, short_name, text, write_csv
 
 from sample import load_run
 
@@ -182,7 +182,7 @@ def main():
         test = test[torch.linspace(0, len(test) - 1, min(len(test), args.test)).long()]  # from all over it
         generator = torch.Generator().manual_seed(args.seed)
         windows = lambda: val[torch.randint(len(val) - T + 1, (args.batch, 1), generator=generator) + torch.arange(T)]
-        probe(Path(out_dir).name, f'{checkpoint["meta"]["vocab_size"]} kinds, text', model, windows, test)
+        probe(f'trained: {short_name(out_dir)}', f'{checkpoint["meta"]["vocab_size"]} kinds, text', model, windows, test)
 
     label = '-'.join(['probe_position', *(['quick'] if args.quick else []), *([args.model] if args.model else []), *(['trained'] if args.out_dir else [])])
     path = write_csv(args.results, label, ('model', 'tokens', 'layer', 'tap', 'probe', 'error', 'always the middle'), rows)

@@ -22,20 +22,22 @@ import importlib
 import math
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import torch
-from lib import REPO, pyplot, text, write_csv
+from lib import REPO, positive, pyplot, short_names, text, write_csv
 
-from sample import load_run
+from sample import die, load_run
 
 
 def random_model(name, sigma, seed, device, **config):
     """A frozen model as the theory wants it; sigma is meant at width 768."""
     module, sigma = importlib.import_module(f'model_{name}'), sigma * math.sqrt(768 / config['n_embd'])
     torch.manual_seed(seed)
-    return module.Model(module.Config(init_std=sigma, scale_residual_init=False, **config)).to(device).eval().requires_grad_(False)
+    try:
+        return module.Model(module.Config(init_std=sigma, scale_residual_init=False, **config)).to(device).eval().requires_grad_(False)
+    except ValueError as e:  # n_head, say
+        die(e)
 
 
 @torch.no_grad()
@@ -84,9 +86,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--quick', action='store_true', help='smaller: width 256, 4 heads, 4 layers, 256 tokens')
     for name, full, quick in (('n_embd', 768, 256), ('n_head', 12, 4), ('n_layer', 12, 4), ('block_size', 512, 256), ('sequences', 20, 20)):
-        parser.add_argument(f'--{name}', type=int, default=(full, quick)['--quick' in sys.argv], help=f'(default {full}, {quick} with --quick)')
+        parser.add_argument(f'--{name}', type=positive, default=(full, quick)['--quick' in sys.argv], help=f'(default {full}, {quick} with --quick)')
     parser.add_argument('--sigma', type=float, default=0.02, help='of the initial weights at width 768 (default 0.02)')
-    parser.add_argument('--vocab_size', type=int, default=50304, help='kinds of random tokens; the theory wants many (default 50304)')
+    parser.add_argument('--vocab_size', type=positive, default=50304, help='kinds of random tokens; the theory wants many (default 50304)')
     parser.add_argument('--out_dir', nargs='+', default=[], help='folders of trained runs, of any model')
     parser.add_argument('--data_dir', default='data', help='where their prepared text is (default data)')
     parser.add_argument('--seed', type=int, default=1, help='of weights and tokens (default 1)')
@@ -103,13 +105,13 @@ def main():
         model = random_model('nope', sigma, args.seed, args.device, n_layer=n_layer, causal=causal, **shape)
         theory = (args.n_embd * model.config.init_std ** 2) ** 2
         curves += [(what, sigma, layer, v, theory) for layer, v in enumerate(variances(model, idx), 1)]
-    for out_dir in args.out_dir:
+    for name, out_dir in zip(short_names(args.out_dir), args.out_dir):
         model, checkpoint = load_run(out_dir, None, args.device)
         T = model.config.block_size
         val = text(checkpoint['settings']['dataset'], args.data_dir)[1]
         val = torch.from_numpy(val[:len(val) // T * T].astype(np.int64)).view(-1, T)
         val = val[torch.linspace(0, len(val) - 1, min(len(val), 4 * args.sequences)).long()]  # from all over it
-        curves += [(f'trained: {Path(out_dir).name}', None, layer, v, None) for layer, v in enumerate(variances(model, val), 1)]
+        curves += [(f'trained: {name}', None, layer, v, None) for layer, v in enumerate(variances(model, val), 1)]
 
     longest = max(len(c[3]) for c in curves)
     at = [2 ** i for i in range(longest.bit_length())]

@@ -6,7 +6,7 @@ Train several position schemes at equal budget, with several seeds, and compare 
     python experiments/compare.py --train --preset small --device cuda   # everything after --train goes to train.py
 
 The question of Chang et al. 2021, Tables 1 to 3 (masked: none, absolute, fixed, dynamic, composite, convolutions), asked of the
-loss itself, and with the last six that of Luo et al. 2021, Table 3: softmax with a fixed kernel of 257 offsets (what their table
+loss itself, and with the last six that of the WikiText-103 table of Luo et al. 2021: softmax with a fixed kernel of 257 offsets (what their table
 lacks); elu + 1 and random features (of normalised vectors: trf is RFA, nprf the paper's) with absolute positions; the
 paper's, with relative positions of the same 257 offsets.
 Runs stay in out/compare/ and are not trained twice: an interrupted comparison goes on where it stopped.
@@ -19,7 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
+from lib import REPO, positive, pyplot
+
 SCHEMES = {  # name: flags of train.py
     'none': ['--model', 'nope'],
     'absolute': ['--model', 'nope', '--absolute'],
@@ -55,7 +56,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--schemes', nargs='+', choices=list(SCHEMES), default=list(SCHEMES), help='default: all')
     parser.add_argument('--objectives', nargs='+', choices=('causal', 'masked'), default=['causal', 'masked'], help='default: both')
-    parser.add_argument('--seeds', type=int, default=3, help='seeds 1, 2, ... (default 3)')
+    parser.add_argument('--seeds', type=positive, default=3, help='seeds 1, 2, ... (default 3)')
     parser.add_argument('--dataset', default='python', help='default python')
     parser.add_argument('--quick', action='store_true', help='a much smaller setting: one seed, 60 steps')
     parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
@@ -93,10 +94,7 @@ def main():
 
 def plot(curves, args, path):
     """Above the mean loss over the seeds at each validation, below the last loss of each seed."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-    n = len(args.schemes)
+    plt, n = pyplot(), len(args.schemes)
     fig, axes = plt.subplots(2, len(args.objectives), figsize=(5.5 * len(args.objectives), 4.5 + 0.25 * n), squeeze=False, height_ratios=(4, 0.5 + 0.25 * n), layout='constrained')
     for (above, below), objective in zip(axes.T, args.objectives):
         for row, scheme in enumerate(args.schemes):

@@ -14,7 +14,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from lib import common_flags, optimise, pyplot, save, text, validation, write_csv
+from lib import common_flags, optimise, positive, pyplot, save, text, validation, write_csv
 
 import model_kernelized as M
 
@@ -35,10 +35,10 @@ def exact(self, x, valid=None, state=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=int, default=400, help='of training (default 400)')
-    parser.add_argument('--seeds', type=int, default=3, help='trained models of each kind (default 3)')
-    parser.add_argument('--draws', type=int, default=5, help='of the random features (default 5)')
-    parser.add_argument('--tokens', type=int, default=16384, help='of the validation text (default 16384)')
+    parser.add_argument('--steps', type=positive, default=400, help='of training (default 400)')
+    parser.add_argument('--seeds', type=positive, default=3, help='trained models of each kind (default 3)')
+    parser.add_argument('--draws', type=positive, default=5, help='of the random features (default 5)')
+    parser.add_argument('--tokens', type=positive, default=16384, help='of the validation text (default 16384)')
     common_flags(parser, 'one seed, 100 steps, two draws')
     args = parser.parse_args()
     if args.quick:
@@ -62,7 +62,7 @@ def main():
                     for block in model.h:
                         block.attn.w = M.random_matrix(m, config.n_embd // config.n_head).to(device)
                     rows.append((name, seed, m, draw, validation(model, val, config.block_size, args.tokens, device=device)))
-    path = write_csv(args.results, 'convert', ('model', 'seed', 'm', 'draw', 'val_loss'), rows)
+    path = write_csv(args.results, 'convert' + '-quick' * args.quick, ('model', 'seed', 'm', 'draw', 'val_loss'), rows)
 
     loss = {(name, m): [r[4] for r in rows if r[0] == name and r[2] == m] for name in MODELS for m in (0, *SIZES)}
     print('\n| model | softmax | ' + ' | '.join(f'm = {m}' for m in SIZES) + ' |\n|' + '---|' * 8)

@@ -10,12 +10,12 @@ learned absolute positions end at block_size and cannot answer at all.
 Writes experiments/results/extrapolate.csv and .png.
 """
 import argparse
-import re
 import statistics
+from pathlib import Path
 
 import torch
 from compare import COLORS
-from lib import common_flags, pyplot, save, short_name, text, write_csv
+from lib import common_flags, positive, pyplot, save, short_names, text, write_csv
 
 from sample import die, load_run
 
@@ -43,24 +43,26 @@ def losses(model, ids, texts, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('out_dirs', nargs='+', help='folders of causal runs; a last -1, -2, ... in the name is the seed')
-    parser.add_argument('--texts', type=int, default=100, help='of 8 times block_size tokens (default 100)')
+    parser.add_argument('out_dirs', nargs='+', help='folders of causal runs; those of compare.py that differ in the seed alone are one scheme')
+    parser.add_argument('--texts', type=positive, default=100, help='of 8 times block_size tokens (default 100)')
     parser.add_argument('--data_dir', default='data', help='default data')
     common_flags(parser, '8 texts', dataset=False)
     args = parser.parse_args()
     device, rows = 'cuda' if torch.cuda.is_available() else 'cpu', []
-    for out in args.out_dirs:
+    for name, out in zip(short_names(args.out_dirs), args.out_dirs):
         model, checkpoint = load_run(out, None, device)
         if not model.config.causal:
             die(f'{out} is a masked model; the loss at longer lengths is asked of causal ones')
         _, val, _ = text(checkpoint['settings']['dataset'], args.data_dir)
-        name, _, seed = re.fullmatch(r'(.*?)(-(\d+))?', short_name(out)).groups()
+        seed = checkpoint['settings']['seed']
+        if Path(out).resolve().parent.name == 'compare':
+            name = name.removesuffix(f'-{seed}')
         if len(val) <= 8 * model.config.block_size:
             die(f'the validation text of {out} is shorter than 8 times block_size')
-        rows += [(name, int(seed or 1), times, model.config.block_size, loss)
+        rows += [(name, seed, times, model.config.block_size, loss)
                  for times, loss in losses(model, val, 8 if args.quick else args.texts, device).items()]
-        print(f'{name} seed {seed or 1}: ' + ', '.join(f'{times}x {loss:.4f}' for _, _, times, _, loss in rows[-len(TIMES):]), flush=True)
-    path = write_csv(args.results, 'extrapolate', ('scheme', 'seed', 'times', 'block_size', 'loss'), rows)
+        print(f'{name} seed {seed}: ' + ', '.join(f'{times}x {loss:.4f}' for _, _, times, _, loss in rows[-len(TIMES):]), flush=True)
+    path = write_csv(args.results, 'extrapolate' + '-quick' * args.quick, ('scheme', 'seed', 'times', 'block_size', 'loss'), rows)
 
     table = {}
     for name, _, times, _, loss in rows:

@@ -14,7 +14,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from lib import common_flags, pyplot, save, write_csv
+from lib import common_flags, positive, pyplot, save, write_csv
 
 from model_kernelized import features, random_matrix
 
@@ -33,13 +33,13 @@ def error(norm, m, kind, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--draws', type=int, default=100, help='of queries, keys and features (default 100)')
+    parser.add_argument('--draws', type=positive, default=100, help='of queries, keys and features (default 100)')
     common_flags(parser, '10 draws', dataset=False)
     args = parser.parse_args()
     draws = 10 if args.quick else args.draws
-    rows = [(kind, R, m, statistics.mean(e), statistics.stdev(e)) for kind in ('prf', 'orf', 'sphere', 'trf') for R in NORMS for m in SIZES
+    rows = [(kind, R, m, statistics.mean(e), statistics.stdev(e) if draws > 1 else 0.0) for kind in ('prf', 'orf', 'sphere', 'trf') for R in NORMS for m in SIZES
             for e in [[error(R, m, kind, seed) for seed in range(draws)]]]
-    path = write_csv(args.results, 'feature_error', ('features', 'norm', 'm', 'l1_mean', 'l1_std'), rows)
+    path = write_csv(args.results, 'feature_error' + '-quick' * args.quick, ('features', 'norm', 'm', 'l1_mean', 'l1_std'), rows)
 
     found = {(kind, R, m): mean for kind, R, m, mean, _ in rows}
     print(f'L1 error, mean of {draws} draws / read off the paper\n\n| norm R | ' + ' | '.join(f'm = {m}' for m in SIZES) + ' |\n|' + '---|' * 6)

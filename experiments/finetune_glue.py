@@ -34,7 +34,7 @@ import torch
 from torch.nn import functional as F
 
 from compare import COLORS
-from lib import REPO, pyplot, short_name
+from lib import REPO, positive, pyplot, short_names
 
 from sample import die, load_run, tokenizer
 
@@ -190,7 +190,7 @@ def plot(values, path):
     for x, (task, metric) in enumerate(first.items()):
         for n, run in enumerate(runs):
             found = values[run, task, metric]
-            ax.bar(x + 0.8 * ((n + 0.5) / len(runs) - 0.5), statistics.mean(found), 0.76 / len(runs), color=COLORS.get(run.rsplit('-', 1)[0], f'C{n}'), capsize=3,
+            ax.bar(x + 0.8 * ((n + 0.5) / len(runs) - 0.5), statistics.mean(found), 0.76 / len(runs), color=COLORS.get(run.split(',')[0].rsplit('-', 1)[0], f'C{n}'), alpha=0.4 if ',' in run else 1, capsize=3,
                    yerr=statistics.stdev(found) if len(found) > 1 else None, label=None if x else run)
         ax.hlines(values['baseline', task, metric], x - 0.45, x + 0.45, color='black', ls='--', label=None if x else 'baseline')
     ax.set_xticks(range(len(first)), [f'{task}\n{metric}' for task, metric in first.items()])
@@ -204,17 +204,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out_dirs', nargs='+', required=True, help='folders that train.py wrote')
     parser.add_argument('--tasks', nargs='+', choices=list(TASKS), default=list(TASKS), help='default: all')
-    parser.add_argument('--seeds', type=int, default=5, help='seeds 1, 2, ... of head and batches (default 5)')
-    parser.add_argument('--examples', type=int, help='to train on, at most (default: all)')
-    parser.add_argument('--max_length', type=int, help='of a text or pair in tokens; longer ones are cut (default: the block_size of the training)')
+    parser.add_argument('--seeds', type=positive, default=5, help='seeds 1, 2, ... of head and batches (default 5)')
+    parser.add_argument('--examples', type=positive, help='to train on, at most (default: all)')
+    parser.add_argument('--max_length', type=positive, help='of a text or pair in tokens; longer ones are cut (default: the block_size of the training)')
     parser.add_argument('--glue', help="folder of GLUE's .tsv files (or .tsv.xz) instead of a download: CoLA/train.tsv, CoLA/dev.tsv, SST-2/...")
     parser.add_argument('--scratch', action='store_true', help='each run also from random weights of the same config: what is pre-training worth?')
     parser.add_argument('--quick', action='store_true', help='one seed, one epoch of 320 examples')
     parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
     args = parser.parse_args()
-    names = [short_name(out) for out in args.out_dirs]
-    if len(set(names)) < len(names) or min(args.seeds, args.examples or 1) < 1 or (args.max_length or 3) < 3:
-        die('--out_dirs must have different names, --seeds and --examples must be at least 1 and --max_length at least 3')
+    names = short_names(args.out_dirs)
+    if (args.max_length or 3) < 3:
+        die('--max_length must be at least 3: both texts of a pair and what parts them')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     print(f'device: {device}', flush=True)
     data, values = {task: read(task, args.glue) for task in args.tasks}, {}  # values {(run, task, metric): a value per seed}

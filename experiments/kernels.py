@@ -17,7 +17,7 @@ import math
 
 import numpy as np
 import torch
-from lib import REPO, pyplot, text, write_csv
+from lib import REPO, positive, pyplot, short_names, text, write_csv
 
 from sample import die, load_run
 
@@ -88,7 +88,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out_dir', help='folder of a run of model_composite.py, model_conv.py or model_kernelized.py (default: the newest run in out/)')
     parser.add_argument('--data_dir', default='data', help='where the prepared text of the run is, for the query-made kernels (default data)')
-    parser.add_argument('--tokens', type=int, default=8192, help='of the validation text (default 8192)')
+    parser.add_argument('--tokens', type=positive, default=8192, help='of the validation text (default 8192)')
     parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
     args = parser.parse_args()
     model, checkpoint = load_run(args.out_dir, None, 'cpu')
@@ -98,7 +98,8 @@ def main():
     found = kernels(model, val[:len(val) // T * T].view(-1, T))
     if not found:
         die(f'model_{settings["model"]}.py with these settings has no kernels')
-    label = '-'.join((settings['model'], settings['objective'], settings['dataset']))
+    name = short_names([args.out_dir])[0] if args.out_dir else settings['model']
+    label = '-'.join([name, *(word for word in (settings['objective'], settings['dataset']) if word not in name)])
     path = write_csv(args.results, f'kernels-{label}', ('kind', 'row', 'offset', 'value'),
                      [(kind, name, o, x) for kind, (values, names, offsets) in found.items() for name, row in zip(names, values.tolist()) for o, x in zip(offsets, row)])
     draw(found, f'what {label} has learned, step {checkpoint["step"]}', path.with_suffix('.png'))

@@ -10,6 +10,7 @@ import torch
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
+from sample import die  # noqa: E402
 
 
 def text(dataset, data_dir='data'):
@@ -55,10 +56,21 @@ def validation(model, ids, T, tokens=16384, batch_size=16, device='cpu'):
     return sum(losses) / len(starts)
 
 
-def short_name(out):
-    """The name of a run's folder; of one that compare.py has trained, <setting>-<objective>-<scheme>-<seed>, the last two parts."""
-    path = Path(out).resolve()
-    return re.sub(r'.*-(causal|masked)-', '', path.name) if path.parent.name == 'compare' else path.name
+def short_names(outs):
+    """The names of runs' folders; of those that compare.py has trained, <setting>-<objective>-<scheme>-<seed>, the last two parts."""
+    paths = [Path(out).resolve() for out in outs]
+    names = [re.sub(r'.*-(causal|masked)-', '', path.name) if path.parent.name == 'compare' else path.name for path in paths]
+    for name in names:
+        if names.count(name) > 1:
+            die(f'one run of each name, and of one data set and objective: {names.count(name)} are called {name}')
+    return names
+
+
+def positive(word):
+    """What argparse makes of a number that must be 1 or more."""
+    if int(word) < 1:
+        raise ValueError
+    return int(word)
 
 
 def common_flags(parser, quick, dataset=True):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What wants a GPU, in parts of some minutes each: every measurement that experiments/README.md lists as not made.
+# What wants a GPU, in parts of some minutes each: checks, speed, and the experiments whose full setting is too large for a CPU.
 #
 #     bash experiments/on_gpu.sh check       # all equalities, those of the GPU too; two hundred steps of every model in bf16, compiled
 #     bash experiments/on_gpu.sh speed       # every form of attention, 512 to 65,536 tokens: time and memory

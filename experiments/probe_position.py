@@ -26,13 +26,12 @@ import argparse
 import math
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from attention_variance import random_model
-from lib import REPO, pyplot, short_name, text, write_csv
+from lib import REPO, positive, pyplot, short_names, text, write_csv
 
 from sample import load_run
 
@@ -128,7 +127,7 @@ def draw(rows, path):
         ax.set_title('\n'.join(textwrap.fill(name, 60) for name in case), fontsize=8)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=6, ncols=2)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', fontsize=8, ncols=5)
     for ax in axes.flat[len(chance):]:
         ax.set_axis_off()
     fig.savefig(path, dpi=120)
@@ -142,10 +141,10 @@ def main():
     for name, full, quick, note in (('n_embd', 768, 128, 'width of the random model'), ('n_head', 12, 4, 'its heads'), ('n_layer', 12, 4, 'its layers'),
                                     ('block_size', 512, 128, 'tokens in its sequences'), ('steps', 2000, 200, 'of training the probes'),
                                     ('batch', 32, 8, 'sequences in a step'), ('test', 256, 64, 'sequences'), ('hidden', 256, 128, 'ReLUs of the MLP')):
-        parser.add_argument(f'--{name}', type=int, default=(full, quick)['--quick' in sys.argv], help=f'{note} (default {full}, {quick} with --quick)')
+        parser.add_argument(f'--{name}', type=positive, default=(full, quick)['--quick' in sys.argv], help=f'{note} (default {full}, {quick} with --quick)')
     parser.add_argument('--learning_rate', type=float, default=1e-2, help='of the MLP (default 0.01)')
     parser.add_argument('--sigma', type=float, default=0.02, help='of the initial weights at width 768 (default 0.02)')
-    parser.add_argument('--vocab_size', type=int, default=50304, help='kinds of random tokens (default 50304)')
+    parser.add_argument('--vocab_size', type=positive, default=50304, help='kinds of random tokens (default 50304)')
     parser.add_argument('--out_dir', nargs='+', default=[], help='folders of trained runs, of any model')
     parser.add_argument('--data_dir', default='data', help='where their prepared text is (default data)')
     parser.add_argument('--shuffled', action='store_true', help="each test once more, its sequences' tokens in random order")
@@ -153,6 +152,7 @@ def main():
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
     args = parser.parse_args()
+    names = short_names(args.out_dir)
     print(f'on {args.device}', flush=True)
     rows = []  # (model, tokens, layer, tap, probe, error, chance)
 
@@ -173,16 +173,19 @@ def main():
             generator = torch.Generator().manual_seed(args.seed)
             tokens = lambda n: torch.randint(args.vocab_size, (n, args.block_size), generator=generator)
             probe(f'random {args.model or "nope"}{name}', f'{args.vocab_size} kinds, random', model, lambda: tokens(args.batch), tokens(args.test))
-    for out_dir in args.out_dir:
+    for name, out_dir in zip(names, args.out_dir):
         model, checkpoint = load_run(out_dir, None, args.device)
         T = model.config.block_size
         val = torch.from_numpy(text(checkpoint['settings']['dataset'], args.data_dir)[1].astype(np.int64))
         val, rest = val.tensor_split([len(val) * 4 // 5])
         test = rest[:len(rest) // T * T].view(-1, T)
         test = test[torch.linspace(0, len(test) - 1, min(len(test), args.test)).long()]  # from all over it
-        generator = torch.Generator().manual_seed(args.seed)
-        windows = lambda: val[torch.randint(len(val) - T + 1, (args.batch, 1), generator=generator) + torch.arange(T)]
-        probe(f'trained: {short_name(out_dir)}', f'{checkpoint["meta"]["vocab_size"]} kinds, text', model, windows, test)
+        torch.manual_seed(checkpoint['settings']['seed'])
+        untrained = type(model)(model.config).to(args.device).eval()  # the run at its first step: what it owes to its training
+        for name, model in ((f'{name} before training', untrained), (f'trained: {name}', model)):
+            generator = torch.Generator().manual_seed(args.seed)
+            windows = lambda: val[torch.randint(len(val) - T + 1, (args.batch, 1), generator=generator) + torch.arange(T)]
+            probe(name, f'{checkpoint["meta"]["vocab_size"]} kinds, text', model, windows, test)
 
     label = '-'.join(['probe_position', *(['quick'] if args.quick else []), *([args.model] if args.model else []), *(['trained'] if args.out_dir else [])])
     path = write_csv(args.results, label, ('model', 'tokens', 'layer', 'tap', 'probe', 'error', 'always the middle'), rows)

@@ -15,20 +15,18 @@ import argparse
 import csv
 import math
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from lib import REPO, positive, pyplot
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-import model_composite as composite  # noqa: E402
-import model_conv as conv  # noqa: E402
-import model_kernelized as kernelized  # noqa: E402
-import model_nope as nope  # noqa: E402
+import model_composite as composite
+import model_conv as conv
+import model_kernelized as kernelized
+import model_nope as nope
 
 
 def plain_fft(q, k, v, b):
@@ -106,7 +104,7 @@ def alternate(jobs, device, repeats):
 
 
 def attention(args, device):
-    """Rows (n, form, forward ms, forward and backward ms, peak GiB above the inputs)."""
+    """Rows (n, form, forward ms, forward and backward ms, peak GiB above the inputs, tokens in all texts)."""
     gpu, rows = device == 'cuda', []
     tokens, nh, hs, m = (4096, 4, 32, 64) if args.quick or not gpu else (32768, 12, 64, 64)
     tokens = args.tokens or tokens
@@ -141,36 +139,33 @@ def attention(args, device):
             forward = alternate({name: lambda f=f: f(*inputs) for name, f in known.items()}, device, repeats)
         whole = alternate({name: lambda f=f: both(f) for name, f in known.items()}, device, repeats)
         for name in whole:
-            rows.append((n, name, forward[name] * 1e3, whole[name] * 1e3, peak[name]))
+            rows.append((n, name, forward[name] * 1e3, whole[name] * 1e3, peak[name], shape[0] * n))
             print(f'n = {n:6d}  {name:26s} forward {forward[name] * 1e3:9.3f} ms  forward+backward {whole[name] * 1e3:9.3f} ms  '
                   f'{whole[name] / whole["softmax, flash"]:7.2f}x flash' + (f'  peak {peak[name]:6.2f} GiB' if gpu else ''), flush=True)
-    return ('n', 'form', 'forward_ms', 'forward_backward_ms', 'peak_gib'), rows
+    return ('n', 'form', 'forward_ms', 'forward_backward_ms', 'peak_gib', 'tokens'), rows
 
 
 def crossovers(rows):
     """From which n on each form is no slower than flash attention, forward and backward."""
-    flash = {n: whole for n, name, _, whole, _ in rows if name == 'softmax, flash'}
+    flash = {n: whole for n, name, _, whole, *_ in rows if name == 'softmax, flash'}
     print('\n| form | no slower than flash attention from n = | times flash at each n (forward + backward) |\n|---|---|---|')
     for form in dict.fromkeys(name for _, name, *_ in rows):
-        ratio = {n: whole / flash[n] for n, name, _, whole, _ in rows if name == form}
+        ratio = {n: whole / flash[n] for n, name, _, whole, *_ in rows if name == form}
         first = next((n for n in ratio if all(r <= 1 for m, r in ratio.items() if m >= n)), 'never here')
         print(f'| {form} | {first} | {", ".join(f"{n}: {r:.2f}" for n, r in ratio.items())} |')
 
 
 def plot(rows, title, path):
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-    memory = not math.isnan(rows[0][4])
+    plt, memory = pyplot(), not math.isnan(rows[0][4])
     fig, axes = plt.subplots(1, 2 + memory, figsize=(5.2 * (2 + memory), 4.2), layout='constrained')
-    for ax, column, label in zip(axes, (2, 3, 4), ('forward (ms)', 'forward + backward (ms)', 'peak memory above the inputs (GiB)')):
+    for ax, column, label in zip(axes, (2, 3, 4), ('forward', 'forward + backward', 'peak memory above the inputs')):
         for i, form in enumerate(dict.fromkeys(row[1] for row in rows)):
-            ax.plot(*zip(*((row[0], row[column]) for row in rows if row[1] == form)), 'o-', ms=3, color=f'C{i}', label=form)
-        ax.set(xscale='log', yscale='log', xlabel='n (tokens in a text)', ylabel=label)
+            ax.plot(*zip(*((row[0], row[column] * (2 ** 20 if column == 4 else 1e3) / row[5]) for row in rows if row[1] == form)), 'o-', ms=3, color=f'C{i}', label=form)
+        ax.set(xscale='log', yscale='log', xlabel='n (tokens in a text)', ylabel=f'{label} ({"KiB" if column == 4 else "us"} per token)')
         ax.set_xticks(lengths := sorted({row[0] for row in rows}), lengths)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', fontsize=7, ncols=4)
     fig.suptitle(title)
     fig.savefig(path, dpi=120)
 
@@ -237,8 +232,8 @@ def main():
     parser.add_argument('--quick', action='store_true', help='4,096 tokens, 4 heads of 32, n up to 4,096; always so on a CPU')
     parser.add_argument('--steps', action='store_true', help='training steps of whole models instead')
     parser.add_argument('--convs', action='store_true', help='forms of the depthwise convolution instead')
-    parser.add_argument('--lengths', nargs='+', type=int, help='n, tokens in a text (default: powers of two)')
-    parser.add_argument('--tokens', type=int, help='in all texts together (default 32,768; 4,096 if quick)')
+    parser.add_argument('--lengths', nargs='+', type=positive, help='n, tokens in a text (default: powers of two)')
+    parser.add_argument('--tokens', type=positive, help='in all texts together (default 32,768; 4,096 if quick)')
     parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
     args = parser.parse_args()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'

@@ -14,7 +14,7 @@ import argparse
 import math
 
 import torch
-from lib import common_flags, optimise, pyplot, save, text, write_csv
+from lib import common_flags, optimise, positive, pyplot, save, text, write_csv
 
 import model_kernelized as M
 
@@ -35,7 +35,7 @@ def watch(model):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=int, default=400, help='of training (default 400)')
+    parser.add_argument('--steps', type=positive, default=400, help='of training (default 400)')
     parser.add_argument('--rates', nargs='+', type=float, default=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1], help='learning rates')
     common_flags(parser, '60 steps, two learning rates')
     args = parser.parse_args()
@@ -58,7 +58,7 @@ def main():
             last, late = run[-max(1, args.steps // 10):], run[40:] or run
             print(f'| {rate:g} | {name} | {sum(r[3] for r in last) / len(last):.3f}{"" if len(run) == args.steps else f" (not finite at step {len(run)})"} | '
                   f'{max(r[3] for r in late):.2f} | {max(r[4] for r in run):.2f} | {max(r[5] for r in run):.1f} |', flush=True)
-    path = write_csv(args.results, 'stability', ('learning_rate', 'model', 'step', 'loss', 'gradient_norm', 'largest_qk'), rows)
+    path = write_csv(args.results, 'stability' + '-quick' * args.quick, ('learning_rate', 'model', 'step', 'loss', 'gradient_norm', 'largest_qk'), rows)
     plt = pyplot()
     fig, axes = plt.subplots(3, len(args.rates), figsize=(3.2 * len(args.rates) + 1, 8), sharex=True, sharey='row', squeeze=False, layout='constrained')
     for column, rate in zip(axes.T, args.rates):

@@ -1,10 +1,21 @@
 """The experiments run, at a setting far too small to mean anything."""
 import csv
 import math
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-from conftest import CORPORA, TINY
+import model_kernelized
+from conftest import CORPORA, REPO, TINY
+
+sys.path.insert(0, str(REPO / 'experiments'))
+import convert  # noqa: E402
+import extrapolate  # noqa: E402
+import stability  # noqa: E402
 
 
 def test_compare(run, data_dir):
@@ -35,13 +46,18 @@ def written(run, name):
 
 def test_kernels(train):
     train.train('--model', 'composite', '--max_iters', 2, '--out_dir', 'a')
+    checkpoint = torch.load(train.folder / 'a/ckpt_best.pt')
+    checkpoint['model']['h.1.attn.fixed'][0, 8 - 3] = 9.0  # layer 2, head 1 looks three tokens back
+    torch.save(checkpoint, train.folder / 'a/ckpt_best.pt')
     train('experiments/kernels.py', '--out_dir', 'a', '--tokens', 256, '--data_dir', train.words[1], '--results', 'results')
-    rows = written(train, 'kernels-composite-causal-code')
+    rows = written(train, 'kernels-a-causal-code')
     assert {r['kind'] for r in rows} == {'fixed', 'dynamic: mean', 'dynamic: spread'} and len(rows) == 3 * 2 * 2 * 9
     assert {int(r['offset']) for r in rows} == set(range(-8, 1)), 'a causal model sees no offset above 0'
+    top = max((r for r in rows if r['kind'] == 'fixed'), key=lambda r: float(r['value']))
+    assert (top['row'], top['offset']) == ('layer 2, head 1', '-3')
     train.train('--model', 'conv', '--objective', 'masked', '--max_iters', 2, '--lightweight', '--output', '--out_dir', 'b')
     train('experiments/kernels.py', '--out_dir', 'b', '--tokens', 256, '--data_dir', train.words[1], '--results', 'results')
-    rows = written(train, 'kernels-conv-masked-code')
+    rows = written(train, 'kernels-b-masked-code')
     assert len([r for r in rows if r['kind'] == 'depthwise, last layer']) == 32 * 17 and len([r for r in rows if r['kind'] == 'lightweight']) == 4 * 17
     train.train('--model', 'nope', '--max_iters', 2, '--out_dir', 'c')
     train('experiments/kernels.py', '--out_dir', 'c', '--data_dir', train.words[1], code=2)
@@ -52,8 +68,16 @@ def test_speed(run):
     run('experiments/speed.py', '--quick', '--tokens', 256, '--lengths', 64, 128, '--results', 'results')
     rows = written(run, 'speed-cpu')
     assert len(rows) == 16 and all(float(r['forward_backward_ms']) > 0 for r in rows) and 'no slower than flash' in run.out
-    run('experiments/speed.py', '--quick', '--convs', '--results', 'results')
-    assert run.out.count('| shifts |') == 1
+
+
+def test_on_gpu(tmp_path):
+    """Its part `steps` on a CPU, small: training steps of every model, convolutions; a log of what was printed."""
+    env = {**os.environ, 'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}', 'QUICK': '--quick', 'RESULTS': str(tmp_path)}
+    out = subprocess.run(['bash', REPO / 'experiments/on_gpu.sh', 'steps'], env=env, text=True, stdout=subprocess.PIPE, check=True).stdout
+    rows = list(csv.DictReader(open(tmp_path / 'speed-steps-cpu.csv')))
+    assert [r['model'] for r in rows] == ['nope', 'composite', 'conv', 'conv, output alone', 'kernelized'] and float(rows[0]['times_nope']) == 1
+    assert out.count('| shifts |') == 1 and (tmp_path / 'steps.log').read_text() == out
+    assert subprocess.run(['bash', REPO / 'experiments/on_gpu.sh', 'nothing'], env=env, stderr=subprocess.DEVNULL).returncode == 2
 
 
 def test_feature_error(run):
@@ -66,18 +90,56 @@ def test_feature_error(run):
 def test_convert_and_stability(run, data_dir):
     words = ['--dataset', 'code', '--data_dir', data_dir, '--results', 'results', '--quick']
     run('experiments/convert.py', *words, '--steps', 2, '--tokens', 512)
-    rows = written(run, 'convert')
+    rows = written(run, 'convert-quick')
     assert len(rows) == 4 * (1 + 6 * 2) and all(4 < float(r['val_loss']) < 7 for r in rows)
     run('experiments/stability.py', *words, '--steps', 3)
-    rows = written(run, 'stability')
+    rows = written(run, 'stability-quick')
     assert len(rows) == 2 * 4 * 3 and {float(r['largest_qk']) for r in rows if r['model'].startswith('NPRF')} == {1.0}
+
+
+@pytest.mark.parametrize('fields', convert.MODELS.values(), ids=convert.MODELS)
+def test_what_convert_swaps(fields):
+    """The softmax that convert.py trains with is what the features estimate: thousands of them are near it, a few are not."""
+    torch.manual_seed(0)
+    attention = model_kernelized.Attention(model_kernelized.Config(n_embd=64, **fields)).double()
+    if attention.b is not None:
+        torch.nn.init.normal_(attention.b)
+    x, error = torch.randn(2, 40, 64, dtype=torch.float64), {}
+    for m in (16, 2 ** 14):
+        attention.w = model_kernelized.random_matrix(m, 16)
+        error[m] = (attention(x) - convert.exact(attention, x)).norm() / attention(x).norm()
+    assert error[2 ** 14] < 0.05 and 5 * error[2 ** 14] < error[16], error
+
+
+def test_what_stability_watches():
+    torch.manual_seed(0)
+    model = model_kernelized.Model(model_kernelized.Config(normalize=False, n_layer=1, init_std=0.2))
+    idx, seen = torch.randint(256, (3, 20)), stability.watch(model)
+    model(idx)
+    q, k, _ = model.h[0].attn.c_attn(model.h[0].ln_1(model.wte(idx))).view(3, 20, 3, 4, 32).unbind(2)
+    q, k = q * 32 ** -0.25, k * 32 ** -0.25  # what the features are made of
+    largest = max((q[..., head, :].norm(dim=-1).max() * k[..., head, :].norm(dim=-1).max()).item() for head in range(4))
+    assert seen[0] == pytest.approx(largest, rel=1e-5)
+
+
+def test_what_extrapolate_scores():
+    """The last T tokens of each text of 8 T, with 0, T, 3 T, 7 T tokens before them."""
+    torch.manual_seed(0)
+    model = model_kernelized.Model(model_kernelized.Config(block_size=16, n_layer=1, init_std=0.2)).eval()
+    ids = torch.randint(256, (300,))
+    found = extrapolate.losses(model, ids.numpy(), 2, 'cpu')
+    for times, loss in found.items():
+        texts = [ids[s + 128 - 16 * times:s + 129] for s in (0, 128)]
+        explicit = [F.cross_entropy(model(text[None, :-1])[0][0, -16:], text[-16:]).item() for text in texts]
+        assert loss == pytest.approx(sum(explicit) / 2, rel=1e-5)
+    assert len(set(found.values())) == 4
 
 
 def test_extrapolate(train):
     for scheme, words in {'none': ['nope'], 'absolute': ['nope', '--absolute'], 'nprf+rpe': ['kernelized']}.items():
         train.train('--model', *words, '--max_iters', 2, '--out_dir', f'compare/x-causal-{scheme}-1')
     train('experiments/extrapolate.py', *(f'compare/x-causal-{scheme}-1' for scheme in ('none', 'absolute', 'nprf+rpe')), '--quick', '--data_dir', train.words[1], '--results', 'results')
-    rows = written(train, 'extrapolate')
+    rows = written(train, 'extrapolate-quick')
     loss = {(r['scheme'], int(r['times'])): float(r['loss']) for r in rows}
     assert len(rows) == 12 and all(math.isnan(loss['absolute', times]) for times in (2, 4, 8))
     assert all(4 < loss[scheme, times] < 7 for scheme in ('none', 'nprf+rpe') for times in (1, 2, 4, 8)) and 'ends at 1x' in train.out

@@ -115,8 +115,8 @@ def test_dropout(name):
 
 
 def readme_commands():
-    """Lines of the README's code blocks that run one of our scripts."""
-    text = (REPO / 'README.md').read_text(encoding='utf-8')
+    """Lines of both READMEs' code blocks that run one of our scripts."""
+    text = ''.join((REPO / folder / 'README.md').read_text(encoding='utf-8') for folder in ('.', 'experiments'))
     for block in re.findall(r'```(?:sh|bash)?\n(.*?)```', text, re.S):
         for line in block.replace('\\\n', ' ').splitlines():
             for command in line.split('#')[0].split('&&'):
@@ -133,6 +133,9 @@ def test_readme_commands_parse(run, monkeypatch, tmp_path):
     (tmp_path / 'out/composite-causal-python/config.json').write_text('{"model": "composite"}')
     for script, words in commands:
         words = [w.strip('"\'') for w in words]
+        if '--train' in words:  # compare.py hands the rest to train.py
+            train.resolve(['--model', 'nope', *words[words.index('--train') + 1:]])
+            words = words[:words.index('--train')]
         if script == 'train':
             if '--model' in words and not (REPO / f'model_{words[words.index("--model") + 1]}.py').exists():
                 assert words[words.index('--model') + 1] == 'mine', words

@@ -44,12 +44,14 @@ def test_probe(trained, data_dir):
     first = trained(*words).out
     rows = table(trained.folder / 'results/probe_position-quick-nope-trained.csv')
     found = {(r['model'], int(r['layer']), r['tap'], r['probe']): float(r['error']) for r in rows}
-    assert len(found) == len(rows) == 8 * 7 * 3  # four models, as they are and shuffled; seven taps; three probes
+    assert len(found) == len(rows) == 10 * 7 * 3  # five models, as they are and shuffled; seven taps; three probes
     for name in ('random nope', 'random nope, test shuffled'):
         assert found[name, 1, 'attention output', 'log-norm'] < 8 and found[name, 1, 'attention output', 'MLP'] < 14.5  # the middle: 16
         assert found[name, 1, 'attention output', 'linear'] > 14 and found[name, 0, 'after MLP', 'log-norm'] > 15
     assert all(15 < error < 18 for (name, *_), error in found.items() if 'no causal mask' in name)
-    assert ('a, test shuffled', 2, 'after MLP', 'MLP') in found and '| a | 256 kinds, text | 2 |' in first
+    for name in ('a before training', 'trained: a'):
+        assert (f'{name}, test shuffled', 2, 'after MLP', 'MLP') in found and f'| {name} | 256 kinds, text | 2 |' in first
+    assert found['a before training', 2, 'after MLP', 'MLP'] != found['trained: a', 2, 'after MLP', 'MLP']
     assert (trained.folder / 'results/probe_position-quick-nope-trained.png').read_bytes()[:4] == b'\x89PNG'
     assert trained(*words).out == first, 'the same seed, the same numbers'
 

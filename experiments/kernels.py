@@ -80,7 +80,7 @@ def draw(found, title, path):
         else:
             ax.set_ylabel('channel, sorted by its largest weight')
         fig.colorbar(image, ax=ax, label='weight' if kind.startswith('depthwise') else 'nats', location='bottom')
-    fig.suptitle(title)
+    fig.suptitle(title, fontsize=9)
     fig.savefig(path, dpi=120)
 
 
@@ -102,7 +102,7 @@ def main():
     label = '-'.join([name, *(word for word in (settings['objective'], settings['dataset']) if word not in name)])
     path = write_csv(args.results, f'kernels-{label}', ('kind', 'row', 'offset', 'value'),
                      [(kind, name, o, x) for kind, (values, names, offsets) in found.items() for name, row in zip(names, values.tolist()) for o, x in zip(offsets, row)])
-    draw(found, f'what {label} has learned, step {checkpoint["step"]}', path.with_suffix('.png'))
+    draw(found, f'{label}\nlearned kernels, step {checkpoint["step"]}', path.with_suffix('.png'))
 
     print('| kind | offset of the largest value: how many heads or channels |\n|---|---|')
     for kind, (values, _, offsets) in found.items():

@@ -10,7 +10,7 @@ loss itself, and with the last six that of the WikiText-103 table of Luo et al. 
 lacks); elu + 1 and random features (of normalised vectors: trf is RFA, nprf the paper's) with absolute positions; the
 paper's, with relative positions of the same 257 offsets.
 Runs stay in out/compare/ and are not trained twice: an interrupted comparison goes on where it stopped.
-Writes experiments/results/compare-<dataset>.csv and .png.
+Writes experiments/results/compare-<dataset>[-<flags of train.py>][-<objective, if only one>].csv and .png.
 """
 import argparse
 import csv
@@ -81,7 +81,8 @@ def main():
     results = Path(args.results)
     results.mkdir(parents=True, exist_ok=True)
     print(f'\n| objective | scheme | validation loss, nats per token | standard deviation over {len(curves[objective, scheme])} seeds |\n|---|---|---|---|')
-    with open(results / f'compare-{label}.csv', 'w', newline='', encoding='utf-8') as f:
+    path = results / '-'.join(['compare', label, *(args.objectives if len(args.objectives) == 1 else [])])
+    with open(f'{path}.csv', 'w', newline='', encoding='utf-8') as f:
         writer = csv.writer(f)
         writer.writerow(('objective', 'scheme', 'seed', 'step', 'val_loss'))
         for (objective, scheme), runs in curves.items():
@@ -89,7 +90,7 @@ def main():
             spread = f'{statistics.stdev(final):.4f}' if len(final) > 1 else '-'
             print(f'| {objective} | {scheme} | {statistics.mean(final):.4f} | {spread} |')
             writer.writerows((objective, scheme, seed, step, loss) for seed, run in enumerate(runs, 1) for step, loss in run)
-    plot(curves, args, results / f'compare-{label}.png')
+    plot(curves, args, f'{path}.png')
 
 
 def plot(curves, args, path):

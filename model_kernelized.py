@@ -12,7 +12,7 @@ over the keys come first. Relative positions multiply each weight by e^{b_{j-i}}
 C_ij = e^{b_{j-i}} is a Toeplitz matrix, and a Toeplitz matrix times a vector is a convolution: attend_fft. With q and k
 divided by their L2 norm (Algorithm 1) the features' error stays small and training is stable; sharp attention is then
 left to b. `--no-normalize --no-rpe` is the plain random-feature attention of the literature, scaled by hs^-1/4. The
-missing control of the paper's tables, softmax with the same b, is model_composite.py --no-dynamic.
+missing control of the paper's tables, softmax with the same b, is model_composite.py --no-dynamic --kernel_size 257.
 
 Departures from the paper: b is per layer and head (the paper shares it over the layers), and offsets beyond
 +-max_distance share the end weight (max_distance >= block_size is the paper's b). Clipped like that b is constant for
@@ -48,7 +48,7 @@ class Config:
     init_std: float = 0.02  # standard deviation of the initial Linear and Embedding weights
     scale_residual_init: bool = True  # GPT-2: residual projections scaled by 1/sqrt(2 n_layer); the variance theory needs it off
     # the position scheme
-    n_features: int = 64  # random features m; trf makes two of each, elu has as many as channels
+    n_features: int = 64  # random features m; trf makes two of each, elu none: it has hs
     feature_map: Literal['prf', 'trf', 'orf', 'sphere', 'elu'] = 'prf'  # positive, trigonometric; positive with orthogonal or equally long rows; elu(x) + 1
     normalize: bool = True  # queries and keys divided by their L2 norm; else by hs^(1/4)
     rpe: bool = True  # relative positions b_{j-i}
@@ -69,10 +69,10 @@ def random_matrix(m, hs, kind='prf'):
 def features(x, w, kind='prf', stable=False):
     """phi with E[phi(x).phi(y)] = exp(x.y): x (..., hs), w (m, hs) -> (..., m), all positive; 'trf' (..., 2m) of either sign.
 
-    prf: exp(w.x - |x|^2 / 2) / sqrt(m), trf: exp(|x|^2 / 2) [sin(w.x), cos(w.x)] / sqrt(m); the others are prf with another
+    prf: exp(w.x - |x|^2 / 2) / sqrt(m), trf: exp(|x|^2 / 2) [sin(w.x), cos(w.x)] / sqrt(m); orf and sphere are prf with another
     w ('sphere' is unbiased for large hs only). Each exponent of prf is at most |w|^2 / 2, those of trf have no limit: it is
-    for normalised x, or overflows from norms of 13 on. 'elu' is elu(x) + 1 (Katharopoulos et al. 2020): no exponential, no w,
-    (..., hs). At least float32. stable: less a number per token that makes the largest
+    for normalised x, or overflows from norms of 13 on. 'elu' estimates nothing: elu(x) + 1 (Katharopoulos et al. 2020), no w,
+    (..., hs), 0 from -17 on. At least float32. stable: less a number per token that makes the largest
     exponent 0, for queries: it is in numerator and normaliser. Keys have no such number that does not look ahead.
     """
     with torch.autocast(x.device.type, enabled=False):

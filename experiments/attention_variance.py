@@ -9,7 +9,8 @@ Does the variance of causal attention's output tell the position? Without any tr
 Answers the variance figures of Chi et al. 2023: o_m, the attention's output at token m (behind c_proj, before the residual),
 against the theory d^2 sigma^4 / m. Random models are model_nope.py with random tokens and the plain initialisation; where d is not
 the paper's 768, sigma grows by sqrt(768/d), which keeps d sigma^2 = 0.307 and with it the theory line. Variance is over the
-channels of a token, its mean over sequences. Panels: every layer; the first layer at other sigmas; no causal mask; trained runs.
+channels of a token, its mean over sequences. Panels: every layer; the first layer at other sigmas; no causal mask; trained runs,
+and dotted the same runs before training.
 
 Found at the paper's size, in parentheses what an independent program found before: theory at m = 1 is .0944;
   layer 1   .0922 at m = 1, .000200 at 512 (.0939, .00021), slope -0.99; it ends 9 % above 1/m (5-12 %): attention is not quite flat
@@ -40,6 +41,12 @@ def random_model(name, sigma, seed, device, **config):
         die(e)
 
 
+def before_training(model, checkpoint):
+    """The run at its first step: the same config, and the weights that its seed gives train.py."""
+    torch.manual_seed(checkpoint['settings']['seed'])
+    return type(model)(model.config).to(model.wte.weight.device).eval()
+
+
 @torch.no_grad()
 def variances(model, idx, batch=4):
     """Variance of the attention's output over the channels, its mean over the sequences idx (B, T): (layers, T)."""
@@ -61,7 +68,7 @@ def slope(v):
 
 def draw(curves, args, path):
     plt = pyplot()
-    panels = list(dict.fromkeys(what for what, *_ in curves))
+    panels = [what for what in dict.fromkeys(what for what, *_ in curves) if not what.startswith('before training')]
     fig, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(14, 4.2 * -(-len(panels) // 3)), squeeze=False, layout='constrained')
     for ax in axes.flat[len(panels):]:
         ax.set_axis_off()
@@ -72,13 +79,15 @@ def draw(curves, args, path):
             sweep = panel.startswith('sigmas')  # every sigma has a line of its own: in units of its d^2 sigma^4 they are one
             label = f'sigma {sigma:g}' if sweep else f'layer {layer}' if len(lines) < 7 or layer in (1, 2, len(lines)) else None
             ax.plot(m, v / theory if sweep else v, color=plt.cm.viridis(0.9 * n / max(1, len(lines) - 1)), lw=1.2, label=label)
+        for n, (*_, v, _) in enumerate(c for c in curves if c[0] == panel.replace('trained', 'before training') != panel):
+            ax.plot(np.arange(1, len(v) + 1), v, color=plt.cm.viridis(0.9 * n / max(1, len(lines) - 1)), lw=1, ls=':', label=None if n else 'before training')
         if theory:
             ax.plot(m, (1 if sweep else theory) / m, 'k--', lw=1, label='theory')
         ax.set_title(textwrap.fill(panel, 60), fontsize=8)
         ax.set(xscale='log', yscale='log', xlabel='position m', ylabel='variance / (d^2 sigma^4)' if sweep else 'variance of o_m')
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
-    fig.suptitle(f'variance of the attention output, random models: d {args.n_embd}, {args.n_layer} layers, {args.vocab_size} kinds of tokens')
+    fig.suptitle(f'variance of the attention output (random models: d {args.n_embd}, {args.n_layer} layers, {args.vocab_size} kinds of tokens)')
     fig.savefig(path, dpi=120)
 
 
@@ -95,6 +104,7 @@ def main():
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
     args = parser.parse_args()
+    names = short_names(args.out_dir)
     print(f'on {args.device}')
     shape = dict(vocab_size=args.vocab_size, block_size=args.block_size, n_head=args.n_head, n_embd=args.n_embd)
     idx = torch.randint(args.vocab_size, (args.sequences, args.block_size), generator=torch.Generator().manual_seed(args.seed))
@@ -105,13 +115,14 @@ def main():
         model = random_model('nope', sigma, args.seed, args.device, n_layer=n_layer, causal=causal, **shape)
         theory = (args.n_embd * model.config.init_std ** 2) ** 2
         curves += [(what, sigma, layer, v, theory) for layer, v in enumerate(variances(model, idx), 1)]
-    for name, out_dir in zip(short_names(args.out_dir), args.out_dir):
+    for name, out_dir in zip(names, args.out_dir):
         model, checkpoint = load_run(out_dir, None, args.device)
         T = model.config.block_size
         val = text(checkpoint['settings']['dataset'], args.data_dir)[1]
         val = torch.from_numpy(val[:len(val) // T * T].astype(np.int64)).view(-1, T)
         val = val[torch.linspace(0, len(val) - 1, min(len(val), 4 * args.sequences)).long()]  # from all over it
-        curves += [(f'trained: {name}', None, layer, v, None) for layer, v in enumerate(variances(model, val), 1)]
+        for what, seen in (('before training', before_training(model, checkpoint)), ('trained', model)):
+            curves += [(f'{what}: {name}', None, layer, v, None) for layer, v in enumerate(variances(seen, val), 1)]
 
     longest = max(len(c[3]) for c in curves)
     at = [2 ** i for i in range(longest.bit_length())]

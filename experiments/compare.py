@@ -7,8 +7,8 @@ Train several position schemes at equal budget, with several seeds, and compare 
 
 The question of Chang et al. 2021, Tables 1 to 3 (masked: none, absolute, fixed, dynamic, composite, convolutions), asked of the
 loss itself, and with the last six that of the WikiText-103 table of Luo et al. 2021: softmax with a fixed kernel of 257 offsets (what their table
-lacks); elu + 1 and random features (of normalised vectors: trf is RFA, nprf the paper's) with absolute positions; the
-paper's, with relative positions of the same 257 offsets.
+lacks); with absolute positions elu + 1, plain positive features (prf), normalised ones (nprf) and normalised trigonometric
+ones (trf: RFA); and the paper's, nprf with relative positions of the same 257 offsets.
 Runs stay in out/compare/ and are not trained twice: an interrupted comparison goes on where it stopped.
 Writes experiments/results/compare-<dataset>[-<flags of train.py>][-<objective, if only one>].csv and .png.
 """

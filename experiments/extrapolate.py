@@ -1,7 +1,7 @@
 """
 Loss at 1, 2, 4 and 8 times the length of training, for any checkpoints.
 
-    python experiments/extrapolate.py out/compare/*-causal-*     # what compare.py has trained: one line per scheme, all its seeds
+    python experiments/extrapolate.py out/compare/python-causal-*    # what compare.py has trained: one line per scheme, all its seeds
     python experiments/extrapolate.py out/composite-causal-python out/nope-causal-python --quick
 
 None of the three papers shows it for all schemes. The same tokens are predicted at every length: the last block_size tokens of texts of 8 times

@@ -31,10 +31,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
-
 from compare import COLORS
 from lib import REPO, positive, pyplot, short_names
+from torch.nn import functional as F
 
 from sample import die, load_run, tokenizer
 
@@ -189,9 +188,9 @@ def plot(values, path):
     fig, ax = plt.subplots(figsize=(3 + 1.4 * len(first), 4.5), layout='constrained')
     for x, (task, metric) in enumerate(first.items()):
         for n, run in enumerate(runs):
-            found = values[run, task, metric]
-            ax.bar(x + 0.8 * ((n + 0.5) / len(runs) - 0.5), statistics.mean(found), 0.76 / len(runs), color=COLORS.get(run.split(',')[0].rsplit('-', 1)[0], f'C{n}'), alpha=0.4 if ',' in run else 1, capsize=3,
-                   yerr=statistics.stdev(found) if len(found) > 1 else None, label=None if x else run)
+            found, scheme = values[run, task, metric], run.split(',')[0].rsplit('-', 1)[0]  # of compare.py's <scheme>-<seed>
+            ax.bar(x + 0.8 * ((n + 0.5) / len(runs) - 0.5), statistics.mean(found), 0.76 / len(runs), color=COLORS.get(scheme, f'{0.9 - 0.8 * n / len(runs):.2f}'),
+                   alpha=0.4 if ',' in run else 1, yerr=statistics.stdev(found) if len(found) > 1 else None, capsize=3, label=None if x else run)
         ax.hlines(values['baseline', task, metric], x - 0.45, x + 0.45, color='black', ls='--', label=None if x else 'baseline')
     ax.set_xticks(range(len(first)), [f'{task}\n{metric}' for task, metric in first.items()])
     ax.set(title='fine-tuned on GLUE, all seeds', xlabel='task and metric', ylabel='percent on dev, mean and std over seeds')
@@ -235,7 +234,7 @@ def main():
                 fresh = type(model)(model.config).to(device)
                 if run == name:
                     fresh.load_state_dict(checkpoint['model'])
-                some = torch.randperm(len(texts))[:320 if args.quick else args.examples]
+                some = torch.randperm(len(texts))[:min(320, args.examples or 320) if args.quick else args.examples]
                 y, losses = finetune(fresh, [texts[i] for i in some], labels[some], dev, 1 if args.quick else TASKS[task][2])
                 found, tenth = metrics(task, y, t.numpy()), -(-len(losses) // 10)
                 for metric, value in found.items():

@@ -10,7 +10,7 @@ slopes, flat ones) and the depthwise kernels of the last layer.
   dynamic                q.W / sqrt(hs), in nats: its mean over the queries of a validation text, and below it the standard
                          deviation over them (how much the kernel is the query's own)
   depthwise              the weights of the last layer's output convolution, channels sorted by the offset of their largest weight
-Writes experiments/results/kernels-<run>.png and .csv (kind, layer, head or channel, offset, value).
+Writes experiments/results/kernels-<run, or model without --out_dir>-<objective>-<data set>.png and .csv (kind, row: layer and head, or channel, offset, value).
 """
 import argparse
 import math

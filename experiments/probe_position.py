@@ -19,7 +19,7 @@ the first 4/5 to train, the rest to test. The table names the kinds of tokens: w
 noise, and a linear probe reads more from layer 2 on: so each run is also probed before its training, from the same text. Controls:
 initial weights 10 times as large, no causal mask, and --shuffled: the tokens of each test sequence in random order, the probes as before.
 Found with --quick (the middle: 32 tokens off): 9.0 by the length of o_m in layer 1, 17.3 by the MLP, 32.2 by the linear probe; without
-a mask 32 everywhere; with large weights 32 in layer 1, and 28 at best in later ones. Order hardly matters: a trained run counts, too.
+a mask 32 everywhere; with large weights 32 in layer 1, and 28 at best in later ones. Order hardly matters, except to a trained kernelized model.
 Writes experiments/results/probe_position[-quick][-<model>][-trained].png and .csv.
 """
 import argparse
@@ -30,7 +30,7 @@ import textwrap
 import numpy as np
 import torch
 import torch.nn.functional as F
-from attention_variance import random_model
+from attention_variance import before_training, random_model
 from lib import REPO, positive, pyplot, short_names, text, write_csv
 
 from sample import load_run
@@ -180,12 +180,10 @@ def main():
         val, rest = val.tensor_split([len(val) * 4 // 5])
         test = rest[:len(rest) // T * T].view(-1, T)
         test = test[torch.linspace(0, len(test) - 1, min(len(test), args.test)).long()]  # from all over it
-        torch.manual_seed(checkpoint['settings']['seed'])
-        untrained = type(model)(model.config).to(args.device).eval()  # the run at its first step: what it owes to its training
-        for name, model in ((f'{name} before training', untrained), (f'trained: {name}', model)):
+        for label, seen in ((f'before training: {name}', before_training(model, checkpoint)), (f'trained: {name}', model)):
             generator = torch.Generator().manual_seed(args.seed)
             windows = lambda: val[torch.randint(len(val) - T + 1, (args.batch, 1), generator=generator) + torch.arange(T)]
-            probe(name, f'{checkpoint["meta"]["vocab_size"]} kinds, text', model, windows, test)
+            probe(label, f'{checkpoint["meta"]["vocab_size"]} kinds, text', seen, windows, test)
 
     label = '-'.join(['probe_position', *(['quick'] if args.quick else []), *([args.model] if args.model else []), *(['trained'] if args.out_dir else [])])
     path = write_csv(args.results, label, ('model', 'tokens', 'layer', 'tap', 'probe', 'error', 'always the middle'), rows)

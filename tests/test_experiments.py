@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 
 import model_kernelized
+import train as train_py
 from conftest import CORPORA, REPO, TINY
 
 sys.path.insert(0, str(REPO / 'experiments'))
+import compare  # noqa: E402
 import convert  # noqa: E402
 import extrapolate  # noqa: E402
+import lib  # noqa: E402
 import stability  # noqa: E402
 
 
@@ -30,6 +33,20 @@ def test_compare(run, data_dir):
     assert list((run.folder / 'results').glob('*.png'))[0].read_bytes()[:4] == b'\x89PNG'
     made = {p: p.stat().st_mtime for p in (run.folder / 'out/compare').glob('*/ckpt_last.pt')}
     assert len(made) == 4 and run(*words).out == first and made == {p: p.stat().st_mtime for p in made}
+
+
+def test_schemes(monkeypatch, tmp_path):
+    """Every scheme is a model of its own, and has a colour of its own."""
+    monkeypatch.chdir(tmp_path)
+    known = [str(train_py.resolve(words)[1:3]) for words in compare.SCHEMES.values()]
+    assert len(set(known)) == len(known) == len(set(compare.COLORS.values())) and list(compare.COLORS) == list(compare.SCHEMES)
+
+
+def test_short_names(capsys):
+    assert lib.short_names(['out/compare/x-1-causal-none-1', 'out/compare/x-1-causal-none-2', 'out/nope-causal-python']) == ['none-1', 'none-2', 'nope-causal-python']
+    with pytest.raises(SystemExit):
+        lib.short_names(['out/compare/x-causal-none-1', 'out/compare/y-causal-none-1'])
+    assert capsys.readouterr().err.endswith('2 are called none-1\n')
 
 
 @pytest.mark.skipif(not (CORPORA / 'tiktoken_cache').is_dir(), reason=f'no tiktoken cache in {CORPORA} (set CORPORA)')
@@ -138,10 +155,12 @@ def test_what_extrapolate_scores():
 def test_extrapolate(train):
     for scheme, words in {'none': ['nope'], 'absolute': ['nope', '--absolute'], 'nprf+rpe': ['kernelized']}.items():
         train.train('--model', *words, '--max_iters', 2, '--out_dir', f'compare/x-causal-{scheme}-1')
-    train('experiments/extrapolate.py', *(f'compare/x-causal-{scheme}-1' for scheme in ('none', 'absolute', 'nprf+rpe')), '--quick', '--data_dir', train.words[1], '--results', 'results')
+    train.train('--model', 'nope', '--max_iters', 2, '--seed', 2, '--out_dir', 'compare/x-causal-none-2')
+    train('experiments/extrapolate.py', *(f'compare/x-causal-{run}' for run in ('none-1', 'none-2', 'absolute-1', 'nprf+rpe-1')), '--quick', '--data_dir', train.words[1], '--results', 'results')
     rows = written(train, 'extrapolate-quick')
     loss = {(r['scheme'], int(r['times'])): float(r['loss']) for r in rows}
-    assert len(rows) == 12 and all(math.isnan(loss['absolute', times]) for times in (2, 4, 8))
+    assert len(rows) == 16 and [r['seed'] for r in rows if r['scheme'] == 'none' and r['times'] == '8'] == ['1', '2']
+    assert all(math.isnan(loss['absolute', times]) for times in (2, 4, 8))
     assert all(4 < loss[scheme, times] < 7 for scheme in ('none', 'nprf+rpe') for times in (1, 2, 4, 8)) and 'ends at 1x' in train.out
     train.train('--model', 'nope', '--objective', 'masked', '--max_iters', 2, '--out_dir', 'm')
     train('experiments/extrapolate.py', 'm', '--data_dir', train.words[1], code=2)

@@ -34,7 +34,7 @@ def test_variance(trained, data_dir):
         assert found['no causal mask', 0.02, 1, m] * 64 == pytest.approx(0.0944, rel=0.4)
     assert found['causal', 0.02, 2, 1] < 4 * found['causal', 0.02, 2, 64], 'only the first layer falls as 1/m'
     assert found['sigmas, first layer', 0.2, 1, 1] < 2 * found['sigmas, first layer', 0.2, 1, 64]
-    assert ('trained: a', 0, 2, 32) in found and '| trained: a |' in trained.out
+    assert found['trained: a', 0, 2, 32] != found['before training: a', 0, 2, 32] and '| trained: a |' in trained.out
 
 
 def test_probe(trained, data_dir):
@@ -49,11 +49,21 @@ def test_probe(trained, data_dir):
         assert found[name, 1, 'attention output', 'log-norm'] < 8 and found[name, 1, 'attention output', 'MLP'] < 14.5  # the middle: 16
         assert found[name, 1, 'attention output', 'linear'] > 14 and found[name, 0, 'after MLP', 'log-norm'] > 15
     assert all(15 < error < 18 for (name, *_), error in found.items() if 'no causal mask' in name)
-    for name in ('a before training', 'trained: a'):
+    for name in ('before training: a', 'trained: a'):
         assert (f'{name}, test shuffled', 2, 'after MLP', 'MLP') in found and f'| {name} | 256 kinds, text | 2 |' in first
-    assert found['a before training', 2, 'after MLP', 'MLP'] != found['trained: a', 2, 'after MLP', 'MLP']
     assert (trained.folder / 'results/probe_position-quick-nope-trained.png').read_bytes()[:4] == b'\x89PNG'
     assert trained(*words).out == first, 'the same seed, the same numbers'
+
+
+def test_before_training(train):
+    """The model that a run began with, from its seed: the weights of its checkpoint of step 0."""
+    from attention_variance import before_training
+
+    from sample import load_run
+    train.train('--model', 'kernelized', '--max_iters', 0, '--seed', 5, '--out_dir', 'out/a')
+    model, checkpoint = load_run(train.folder / 'out/a', None, 'cpu')
+    begun = before_training(model, checkpoint)
+    assert begun is not model and not begun.training and all(torch.equal(a, b) for a, b in zip(begun.state_dict().values(), model.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -194,7 +194,7 @@ def plot(values, path):
         ax.hlines(values['baseline', task, metric], x - 0.45, x + 0.45, color='black', ls='--', label=None if x else 'baseline')
     ax.set_xticks(range(len(first)), [f'{task}\n{metric}' for task, metric in first.items()])
     ax.set(title='fine-tuned on GLUE, all seeds', xlabel='task and metric', ylabel='percent on dev, mean and std over seeds')
-    fig.legend(loc='outside lower center', fontsize=8)
+    fig.legend(loc='outside lower center', fontsize=8, ncols=4)
     fig.savefig(path, dpi=120, bbox_inches='tight')
     print(f'\nwrote {path} and its .csv; the baseline answers the commonest label of the training set, or its mean score')
 

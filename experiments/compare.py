@@ -14,11 +14,13 @@ Writes experiments/results/compare-<dataset>[-<flags of train.py>][-<objective, 
 """
 import argparse
 import csv
+import math
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from lib import REPO, positive, pyplot
 
 SCHEMES = {  # name: flags of train.py
@@ -52,16 +54,28 @@ def losses(out):
         return [(int(r['step']), float(r['val_loss'])) for r in csv.DictReader(f) if r['val_loss']]
 
 
+def p_value(differences):
+    """Two-sided p of Student's t-test that paired differences (one per seed, two or more) have mean 0."""
+    n, spread = len(differences) - 1, statistics.stdev(differences) or math.inf
+    t = statistics.mean(differences) / spread * math.sqrt(n + 1)
+    angles = np.linspace(0, math.atan(abs(t) / math.sqrt(n)), 10001)  # t = sqrt(n) tan(angle) makes the density cos^(n-1)
+    inside = np.trapezoid(np.cos(angles) ** (n - 1), angles)
+    return 1 - 2 * math.gamma((n + 1) / 2) / math.sqrt(math.pi) / math.gamma(n / 2) * inside
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--schemes', nargs='+', choices=list(SCHEMES), default=list(SCHEMES), help='default: all')
     parser.add_argument('--objectives', nargs='+', choices=('causal', 'masked'), default=['causal', 'masked'], help='default: both')
     parser.add_argument('--seeds', type=positive, default=3, help='seeds 1, 2, ... (default 3)')
+    parser.add_argument('--against', choices=list(SCHEMES), help='also print what each scheme loses more than this one of --schemes, paired by seed, with p')
     parser.add_argument('--dataset', default='python', help='default python')
     parser.add_argument('--quick', action='store_true', help='a much smaller setting: one seed, 60 steps')
     parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
     parser.add_argument('--train', nargs=argparse.REMAINDER, default=[], help='everything behind it goes to train.py')
     args = parser.parse_args()
+    if args.against and (args.against not in args.schemes or args.quick or args.seeds < 2):
+        parser.error('--against wants a scheme that is among --schemes, and two seeds or more')
     words = [*(QUICK if args.quick else []), *args.train]
     label = '-'.join([args.dataset, *(['quick'] if args.quick else []), *(w.strip('-').replace('/', '_') for w in args.train)])
     curves = {}
@@ -90,6 +104,12 @@ def main():
             spread = f'{statistics.stdev(final):.4f}' if len(final) > 1 else '-'
             print(f'| {objective} | {scheme} | {statistics.mean(final):.4f} | {spread} |')
             writer.writerows((objective, scheme, seed, step, loss) for seed, run in enumerate(runs, 1) for step, loss in run)
+    if args.against:
+        print(f'\n| objective | scheme | more than {args.against} | by seed | p |\n|---|---|---|---|---|')
+        for (objective, scheme), runs in curves.items():
+            if scheme != args.against:
+                d = [run[-1][1] - base[-1][1] for run, base in zip(runs, curves[objective, args.against])]
+                print(f'| {objective} | {scheme} | {statistics.mean(d):+.4f} | {", ".join(f"{x:+.4f}" for x in d)} | {p_value(d):.3f} |')
     plot(curves, args, f'{path}.png')
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,10 @@ def test_compare(run, data_dir):
     """A table row and a curve for each scheme and seed; what is trained is not trained again."""
     words = ['experiments/compare.py', '--schemes', 'none', 'conv-all', '--objectives', 'causal', '--seeds', 2, '--dataset', 'code', '--results', 'results',
              '--train', '--data_dir', data_dir, *TINY, '--max_iters', 3, '--eval_interval', 2]
+    words[1:1] = ['--against', 'none']
     first = run(*words).out
-    assert first.count('causal none seed') == first.count('causal conv-all seed') == 2 and first.count('| causal |') == 2
+    assert '| causal | conv-all | ' in first.split('more than none')[1] and first.split('more than none')[1].count('| causal |') == 1
+    assert first.count('causal none seed') == first.count('causal conv-all seed') == 2 and first.count('| causal |') == 3
     table = list((run.folder / 'results').glob('*.csv'))[0]
     rows = list(csv.DictReader(open(table)))
     assert [int(r['step']) for r in rows] == [0, 2, 3] * 4 and all(4 < float(r['val_loss']) < 6 for r in rows)
@@ -40,6 +43,16 @@ def test_schemes(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     known = [str(train_py.resolve(words)[1:3]) for words in compare.SCHEMES.values()]
     assert len(set(known)) == len(known) == len(set(compare.COLORS.values())) and list(compare.COLORS) == list(compare.SCHEMES)
+
+
+def test_p_value():
+    """Against closed forms: two seeds (Cauchy), three seeds, and a value of the tables (n = 9: t = 2.306 is p = .05)."""
+    assert compare.p_value([1., 3.]) == pytest.approx(1 - 2 / math.pi * math.atan(2), abs=1e-6)
+    d = [0.2, 0.5, 0.9]
+    t = sum(d) / 3 / np.std(d, ddof=1) * 3 ** 0.5
+    assert compare.p_value(d) == compare.p_value([-x for x in d]) == pytest.approx(1 - t / (t * t + 2) ** 0.5, abs=1e-6)
+    x = np.arange(9.) - 4
+    assert compare.p_value(list(x + 2.306 * x.std(ddof=1) / 3)) == pytest.approx(0.05, abs=1e-4)
 
 
 def test_short_names(capsys):

@@ -115,9 +115,9 @@ def test_dropout(name):
 
 
 def readme_commands():
-    """Lines of both READMEs' code blocks that run one of our scripts."""
+    """What both READMEs show, in code blocks and within lines, that runs one of our scripts."""
     text = ''.join((REPO / folder / 'README.md').read_text(encoding='utf-8') for folder in ('.', 'experiments'))
-    for block in re.findall(r'```(?:sh|bash)?\n(.*?)```', text, re.S):
+    for block in re.findall(r'```(?:sh|bash)?\n(.*?)```', text, re.S) + re.findall(r'`(python [^`\n]+)`', text):
         for line in block.replace('\\\n', ' ').splitlines():
             for command in line.split('#')[0].split('&&'):
                 if match := re.search(r'(train|prepare_data|sample|test_equivalence|experiments/\w+)\.py(.*)', command):

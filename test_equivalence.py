@@ -182,7 +182,7 @@ def test_spread_is_a_clipped_index():
                     kernel = random(2, rows, 2 * k + 1)
                     index = [[max(-k, min(k, j - past - i)) + k for j in range(n)] for i in range(rows)]
                     explicit = lambda kernel: torch.stack([kernel[:, i, index[i]] for i in range(rows)], 1)
-                    check('kernels spread by skewing = clipped index, all lengths', with_gradients(lambda kernel: composite.spread(kernel, past, n), [kernel]),
+                    check('kernels spread by skewing = clipped index, all lengths', with_gradients(lambda kernel: composite.along_diagonals(kernel, past, n), [kernel]),
                           with_gradients(explicit, [kernel]))
 
 

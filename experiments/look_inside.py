@@ -28,6 +28,7 @@ from sample import load_run, tokenizer
 
 LONGEST = 40  # tokens; the labels of more are too small to read
 CONTENT = 'content\n$q_i\\cdot k_j\\,/\\sqrt{hs}$'
+FIXED = 'fixed kernel\n$\\beta_{j-i}$'
 
 
 def layer_calls(model, idx):
@@ -56,7 +57,7 @@ def softmax_attention(module, attn, x, q, k, see):
         made = module.along_diagonals(q @ dynamic.T * scale, 0, T)
         parts['query-made kernel\n$q_i\\cdot W_{j-i}\\,/\\sqrt{hs}$'] = made
     if fixed is not None:
-        parts['fixed kernel\n$\\beta_{j-i}$'] = module.along_diagonals(fixed[:, None].expand(-1, T, -1), 0, T)
+        parts[FIXED] = module.along_diagonals(fixed[:, None].expand(-1, T, -1), 0, T)
     score = sum(parts.values(), torch.zeros(T, T))
     return parts, score.masked_fill(~see, -math.inf).softmax(-1)
 
@@ -145,7 +146,7 @@ def draw_column(fig, axes, images, signed, **how):
     largest = max(image[image.isfinite()].abs().max().item() for image in images)
     colors = pyplot().get_cmap('RdBu_r' if signed else 'magma_r').with_extremes(bad='0.92')
     for ax, image in zip(axes, images):
-        shades = ax.imshow(image, cmap=colors, vmin=-largest if signed else 0, vmax=largest, **how)
+        shades = ax.imshow(image.numpy(), cmap=colors, vmin=-largest if signed else 0, vmax=largest, **how)
     bar = fig.colorbar(shades, ax=list(axes), location='bottom', shrink=0.8, aspect=25, pad=0.02)
     bar.ax.tick_params(labelsize=8)
 
@@ -164,44 +165,46 @@ def draw_output_kernels(fig, axes, layers, causal):
 def draw_squares(axes, layers, see):
     """The sum of the squared weights of each query, and what it is if all its keys have equal weights."""
     for ax, layer in zip(axes, layers):
-        ax.plot(layer['squares'].T, color='0.8', lw=1)
-        ax.plot(layer['squares'][layer['head']], color='C4', marker='o', ms=3, label='this head (grey: others)')
-        ax.plot(1 / see.sum(-1), 'k--', lw=1, label='equal weights: 1/m')
+        ax.plot(layer['squares'].T.numpy(), color='0.8', lw=1)
+        ax.plot(layer['squares'][layer['head']].numpy(), color='C4', marker='o', ms=3, label='this head (grey: others)')
+        ax.plot((1 / see.sum(-1)).numpy(), 'k--', lw=1, label='equal weights: 1/m')
         ax.set(ylim=(0, 1.04), yticks=[0, 1])
     axes[0].set_title('sum of squares\n$\\Sigma_j\\,a_{ij}^2$ of query i', fontsize=10)
     axes[0].legend(fontsize=6)
 
 
-def draw(layers, see, tokens, name):
-    """-> the figure: a row per layer; the parts, the weights, and what else tells of the scheme."""
+def draw(layers, see, tokens, multiplied, squares):
+    """-> the figure: a row per layer with its parts (added or multiplied), its weights, its kernels or their squares."""
     titles = [title for title in layers[0]['parts'] if all(title in layer['parts'] for layer in layers)]
     convolves, n = layers[0]['kernels'] is not None, len(titles)
-    columns = n + 1 + (convolves or name == 'nope')
+    columns = n + 2 if convolves or squares else n + 1
     side = max(2.15, 0.085 * len(tokens))  # of a panel, in inches
     fig, axes = pyplot().subplots(len(layers), columns, squeeze=False, layout='constrained',
                                   figsize=((side + 0.12) * columns + 0.5, (side + 0.05) * len(layers) + 1.25))
     labels = dict(family='monospace', fontsize=7 if len(tokens) <= 24 else 6, parse_math=False)
-    sign = '\u00d7' if name == 'kernelized' else '+'
+    sign = '\u00d7' if multiplied else '+'
     turned = 90 if max(len(token) for token in tokens) > 2 else 0
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[], box_aspect=1)
         ax.tick_params(length=0, labelsize=7)
     for c, title in enumerate(titles):
         images = [layer['parts'][title].masked_fill(~see, math.nan) for layer in layers]
-        if name != 'kernelized' and 'fixed' not in title:
+        if not multiplied and title != FIXED:
             images = [image - image.nanmean(1, keepdim=True) for image in images]
-        draw_column(fig, axes[:, c], images, name != 'kernelized')
+        draw_column(fig, axes[:, c], images, signed=not multiplied)
         axes[0, c].set_title(title, fontsize=10)
+        between = '\u2192' if c == n - 1 else sign  # this panel and the next
         for ax in axes[:, c + 1]:
-            ax.text(-0.085, 0.5, '\u2192' if c == n - 1 else sign, transform=ax.transAxes, ha='center', va='center',
-                    fontsize=12, in_layout=False)
-    draw_column(fig, axes[:, n], [layer['weights'].masked_fill(~see, math.nan) for layer in layers], False)
-    axes[0, n].set_title('attention\n$a_{ij}$', fontsize=10)
+            ax.text(-0.085, 0.5, between, transform=ax.transAxes, ha='center', va='center', fontsize=12,
+                    in_layout=False)
+    draw_column(fig, axes[:, n], [layer['weights'].masked_fill(~see, math.nan) for layer in layers], signed=False)
+    axes[0, n].set_title('attention\n$a_{ij}$' if titles else 'weights\n$a_{ij}$', fontsize=10)
     if convolves:
         draw_output_kernels(fig, axes[:, -1], layers, causal=not see[0, -1])
-    elif name == 'nope':
+    elif squares:
         draw_squares(axes[:, -1], layers, see)
-    for ax in axes[-1, :n + 1 if convolves else columns]:
+    on_tokens = axes[-1, :n + 1] if convolves else axes[-1]
+    for ax in on_tokens:
         ax.set_xticks(range(len(tokens)), tokens, rotation=turned, **labels)
     for ax, layer in zip(axes[:, 0], layers):
         ax.set_yticks(range(len(tokens)), tokens, **labels)
@@ -230,22 +233,26 @@ def main():
     if out.suffix != '.png':
         die(f'--out must end in .png, not {out}')
     model, checkpoint = load_run(args.out_dir, None, 'cpu')
-    for what, most in (('layer', model.config.n_layer), ('head', model.config.n_head)):
-        if (getattr(args, what) or 1) > most:
-            die(f'--{what} must be from 1 to {most}, not {getattr(args, what)}')
+    for what, number, most in (('layer', args.layer, model.config.n_layer), ('head', args.head, model.config.n_head)):
+        if number is not None and number > most:
+            die(f'--{what} must be from 1 to {most}, not {number}')
     encode, piece = tokenizer(checkpoint['meta']['tokenizer'])
     ids = encode(args.text)
     if not 2 <= len(ids) <= LONGEST:
         die(f'--text must have from 2 to {LONGEST} tokens, and this one has {len(ids)}')
+    if model.config.absolute and len(ids) > model.config.block_size:
+        die(f'absolute positions end at block_size={model.config.block_size}: --text has {len(ids)} tokens')
     name = checkpoint['settings']['model']
     scheme = measured if args.measure else SCHEMES.get(name, measured)
+    head = None if args.head is None else args.head - 1
     try:
-        layers, see = look(model, torch.tensor([ids]), scheme, args.head and args.head - 1)
-    except (ValueError, AttributeError) as e:  # more than weights times values; a text beyond absolute positions
+        layers, see = look(model, torch.tensor([ids]), scheme, head)
+    except (ValueError, AttributeError, RuntimeError, IndexError) as e:  # another kind of layer
+        why = ' '.join(str(e).split())[:200]
         hint = '' if scheme is measured else ' (try --measure)'
-        die(f'model_{name}.py with these settings cannot be drawn: {e}{hint}')
+        die(f'model_{name}.py with these settings cannot be drawn: {why}{hint}')
     layers = [layer for layer in layers if args.layer in (None, layer['number'])]
-    fig = draw(layers, see, [shown(piece(i)) for i in ids], name)
+    fig = draw(layers, see, [shown(piece(i)) for i in ids], scheme is kernelized, name == 'nope')
     run = Path(args.out_dir).resolve().name
     fig.suptitle(f'{run}, step {checkpoint["step"]}: row i is the query, column j the key', fontsize=10)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -174,7 +174,7 @@ def draw_squares(axes, layers, see):
 
 
 def draw(layers, see, tokens, multiplied, squares):
-    """-> the figure: a row per layer with its parts (added or multiplied), its weights, its kernels or their squares."""
+    """-> the figure: a row per layer; its parts, added or multiplied; its weights; its kernels or their squares."""
     titles = [title for title in layers[0]['parts'] if all(title in layer['parts'] for layer in layers)]
     convolves, n = layers[0]['kernels'] is not None, len(titles)
     columns = n + 2 if convolves or squares else n + 1

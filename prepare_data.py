@@ -278,11 +278,13 @@ def prepare(dataset, tokenizer=None, path=None, data_dir='data', overwrite=False
     old = workplace / 'old'  # what is replaced waits here until the new one is in place
     new.mkdir(parents=True, exist_ok=True)
     try:
-        write_all(new, sources, origin, tokenizer)
+        meta = write_all(new, sources, origin, tokenizer)
         try:
             if overwrite and folder.exists():
                 folder.rename(old)
             new.rename(folder)
+            ids = f'{meta["train_tokens"]:,} ids to train on, {meta["val_tokens"]:,} to validate'
+            print(f'{folder}: {ids}, {tokenizer}', file=sys.stderr)
         except OSError:
             if not (folder / 'meta.json').exists():
                 raise
@@ -294,7 +296,7 @@ def prepare(dataset, tokenizer=None, path=None, data_dir='data', overwrite=False
 
 
 def write_all(folder, sources, origin, tokenizer):
-    """Write train.bin, val.bin and meta.json into the folder."""
+    """Write train.bin, val.bin and meta.json into the folder -> what meta.json holds."""
     encode, lengths = load_tokenizer(tokenizer)
     vocab_size = len(lengths)
     dtype = np.dtype('uint16' if vocab_size < 65535 else 'uint32')
@@ -308,7 +310,7 @@ def write_all(folder, sources, origin, tokenizer):
                 train_tokens=train_ids, train_bytes=train_bytes, val_tokens=val_ids, val_bytes=val_bytes,
                 source=origin, sha256={part: sha256(folder / f'{part}.bin') for part in counts})
     (folder / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n', encoding='utf-8')
-    print(f'{train_ids:,} ids to train on, {val_ids:,} to validate, {tokenizer}', file=sys.stderr)
+    return meta
 
 
 def keep_or_refuse(folder, origin, tokenizer):

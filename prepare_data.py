@@ -273,9 +273,9 @@ def prepare(dataset, tokenizer=None, path=None, data_dir='data', overwrite=False
     remove_leftovers(folder)
     if folder.exists() and not overwrite:
         return keep_or_refuse(folder, origin, tokenizer)
-    workplace = folder.with_name(f'.{dataset}.{socket.gethostname()}.{os.getpid()}.tmp')
-    new = workplace / 'new'
-    old = workplace / 'old'  # what is replaced waits here until the new one is in place
+    temporary = folder.with_name(f'.{dataset}.{socket.gethostname()}.{os.getpid()}.tmp')
+    new = temporary / 'new'
+    old = temporary / 'old'  # what is replaced waits here until the new one is in place
     new.mkdir(parents=True, exist_ok=True)
     try:
         meta = write_all(new, sources, origin, tokenizer)
@@ -283,16 +283,16 @@ def prepare(dataset, tokenizer=None, path=None, data_dir='data', overwrite=False
             if overwrite and folder.exists():
                 folder.rename(old)
             new.rename(folder)
-            ids = f'{meta["train_tokens"]:,} ids to train on, {meta["val_tokens"]:,} to validate'
-            print(f'{folder}: {ids}, {tokenizer}', file=sys.stderr)
         except OSError:
             if not (folder / 'meta.json').exists():
                 raise
-            keep_or_refuse(folder, origin, tokenizer)  # another run, started at the same time, was faster
+            return keep_or_refuse(folder, origin, tokenizer)  # another run, started at the same time, was faster
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)  # interrupted between the two: what was there comes back
-        shutil.rmtree(workplace, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+    ids = f'{meta["train_tokens"]:,} ids to train on, {meta["val_tokens"]:,} to validate'
+    print(f'{folder}: {ids}, {tokenizer}', file=sys.stderr)
 
 
 def write_all(folder, sources, origin, tokenizer):
@@ -335,7 +335,7 @@ def remove_leftovers(folder):
         try:
             os.kill(int(left.name.split('.')[-2]), 0)  # signal 0 only asks whether the process is there
         except ProcessLookupError:
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)  # another run may be deleting it too
         except PermissionError:
             pass  # it is there, and another user's
 

@@ -9,12 +9,10 @@ import types
 import pytest
 import torch
 
-from conftest import REPO, Run, TINY
-
-sys.path.insert(0, str(REPO / 'experiments'))
-import curves  # noqa: E402
-import lib  # noqa: E402
-import look_inside  # noqa: E402
+import conftest  # noqa: F401, finds experiments/
+import curves
+import lib
+import look_inside
 
 TEXT = 'def f(x, y):\n'
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=32)
@@ -130,7 +128,7 @@ def test_wrong_parts_are_not_drawn(name, tmp_path, look, monkeypatch):
     folder = write_run(tmp_path / 'a', name, make(name))
     monkeypatch.setitem(look_inside.SCHEMES, name, wrong)
     code, _, err = look('--out_dir', folder, '--text', TEXT)
-    assert code == 2 and err.startswith('look_inside.py: ') and 'miss the output of layer 1 by' in err
+    assert code == 2 and 'miss the output of layer 1 by' in err
     assert not (folder / 'look_inside.png').exists()
 
 
@@ -179,7 +177,7 @@ def test_another_kind_of_layer(tmp_path, look, monkeypatch):
 
     monkeypatch.setattr(look_inside, 'load_run', without_c_proj)
     code, _, err = look('--out_dir', folder)
-    assert code == 2 and err.startswith('look_inside.py: model_nope.py with these settings cannot be drawn: ')
+    assert code == 2 and ': model_nope.py with these settings cannot be drawn: ' in err
 
 
 def test_more_than_the_known_parts(tmp_path, look):
@@ -216,29 +214,19 @@ def test_labels():
         ['a', '\u2423', '\u21b5', '\u2423the', '\\xe2', '$']
 
 
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory, data_dir):
-    """A folder with a run of train.py in out/a: four steps, and four more after a resume."""
-    run = Run(tmp_path_factory.mktemp('trained'))
-    words = ['--data_dir', data_dir, '--dataset', 'code', *TINY, '--out_dir', 'out/a',
-             '--log_interval', 2, '--eval_interval', 3]
-    run('train.py', '--model', 'composite', '--max_iters', 4, *words)
-    run('train.py', '--resume', '--max_iters', 8, *words)
-    return run
-
-
-def test_a_trained_run(trained):
+def test_a_trained_run(trained, run):
     """Both scripts as a user starts them."""
-    trained('experiments/look_inside.py', '--out_dir', 'out/a', '--text', 'import os', '--out', 'new/inside.png')
-    assert trained.out == 'wrote new/inside.png\n'
-    assert (trained.folder / 'new/inside.png').read_bytes()[:4] == b'\x89PNG'
-    trained('experiments/curves.py', 'out/a')
-    rows = list(csv.DictReader(open(trained.folder / 'out/a/log.csv')))
-    seconds = sum(2 * float(row['ms']) for row in rows if row['ms']) / 1000
+    out_dir = trained('composite', 'causal').out_dir
+    run('experiments/look_inside.py', '--out_dir', out_dir, '--text', 'import os', '--out', 'new/inside.png')
+    assert run.out == 'wrote new/inside.png\n'
+    assert (run.folder / 'new/inside.png').read_bytes()[:4] == b'\x89PNG'
+    run('experiments/curves.py', out_dir)
+    rows = list(csv.DictReader(open(out_dir / 'log.csv')))
+    seconds = sum(10 * float(row['ms']) for row in rows if row['ms']) / 1000
     best = min((float(row['val_loss']), row['bits_per_byte']) for row in rows if row['val_loss'])
-    cells = trained.out.splitlines()[2].strip('| ').split(' | ')
-    assert cells == ['a', '8', f'{seconds:.0f}', f'{best[0]:.4f}', f'{float(best[1]):.4f}']
-    assert (trained.folder / 'out/curves.png').read_bytes()[:4] == b'\x89PNG'
+    cells = run.out.splitlines()[2].strip('| ').split(' | ')
+    assert cells == [out_dir.name, '60', f'{seconds:.0f}', f'{best[0]:.4f}', f'{float(best[1]):.4f}']
+    assert (run.folder / 'out/curves.png').read_bytes()[:4] == b'\x89PNG'
 
 
 LOG = '''step,train_loss,val_loss,bits_per_byte,lr,grad_norm,ms,tokens_per_s

@@ -114,7 +114,7 @@ class Run:
 # batches: row r of step i is a function of (seed, i, r) alone, whichever process or micro batch asks for it
 
 def make_rows(run, data, starts, rngs):
-    """Rows of T tokens at `starts` -> idx (B, T); targets (B, T) and None, or masked: targets and where, both (B, M)."""
+    """Rows of T tokens at `starts` -> idx (B, T), targets (B, T), None; masked: targets and where are (B, M)."""
     T = run.config.block_size
     rows = np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64)  # (B, T+1)
     idx = rows[:, :T]
@@ -738,8 +738,8 @@ class Parser(argparse.ArgumentParser):
             elif kind not in (int, float, str):
                 flag = None
             if flag is None or flag in self._option_string_actions:
-                die(f'{title}: the field {field.name} of {cls.__name__} must be a bool, int, float, str or Literal[...] '
-                    'and have a name that no other flag has')
+                die(f'{title}: the field {field.name} of {cls.__name__} must be bool, int, float, str or Literal[...], '
+                    'and no other flag may have its name')
             note = f'{notes.get(field.name, "")} (default {field.default!r})'.replace('%', '%%')
             group.add_argument(flag, default=field.default, help=note, **how)
 
@@ -804,6 +804,10 @@ def check(flags):
         die(f'--micro_batch_size must divide the {share} sequences of each process, not {micro}')
 
 
+def has_checkpoint(out_dir):
+    return out_dir is not None and Path(out_dir, 'ckpt_last.pt').exists()
+
+
 def existing_run(flags):
     """The folder that --resume or --eval_only reads, or None; refuses combinations that make no sense."""
     if flags.overwrite and (flags.resume or flags.eval_only or not flags.out_dir):
@@ -814,12 +818,10 @@ def existing_run(flags):
         return None
     name = f'{flags.model}-{flags.objective}-{flags.dataset}'
     out_dir = flags.out_dir or newest_run(name)
-    if out_dir and list(Path(out_dir).glob('ckpt_*.pt')):
-        return out_dir
-    if flags.eval_only:
-        die(f'--eval_only: there is no checkpoint in {flags.out_dir or f"any out/{name}; name the run with --out_dir"}')
-    say(f'note: --resume found no checkpoint in {flags.out_dir or f"any out/{name}"}: this is a new run, from step 0')
-    flags.nothing_to_resume = True
+    if flags.eval_only and not has_checkpoint(out_dir):
+        die(f'--eval_only found no checkpoint in {out_dir or Path("out", name)}: name a run with --out_dir')
+    if not has_checkpoint(out_dir):
+        say(f'note: --resume found no checkpoint in {out_dir or Path("out", name)}: this is a new run from step 0')
     return out_dir
 
 
@@ -827,7 +829,7 @@ def resolve(argv):
     """Command line -> Settings, the model file, its Config, and all flags as argparse has them."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     add_help=False)
-    parser.add_argument('--preset', choices=list(PRESETS), default='tiny', help='values that fit together (default tiny)')
+    parser.add_argument('--preset', choices=list(PRESETS), default='tiny', help='a set of values (default tiny)')
     parser.add_argument('--config', metavar='FILE', help='settings that an earlier run wrote (its config.json)')
     parser.add_argument('--out_dir', help='default out/<model>-<objective>-<dataset>, numbered -2, -3, ... when taken')
     parser.add_argument('--resume', action='store_true',
@@ -847,7 +849,7 @@ def resolve(argv):
         if first.model != file.get('model'):
             flag = '--eval_only' if first.eval_only else '--resume'
             die(f'{flag} cannot change model: it is {file.get("model")} in {out_dir}, not {first.model}')
-    elif not out_dir:
+    elif not first.resume:
         file.pop('vocab_size', None)  # the data decides it
     if first.objective != file.get('objective'):
         file.pop('causal', None)  # the objective decides it
@@ -859,7 +861,7 @@ def resolve(argv):
     parser.set_defaults(vocab_size=0, causal=first.objective == 'causal')  # 0: as many as the data needs
     flags = parser.parse_args([*preset, *as_flags(file), *argv])
     flags.out_dir = flags.out_dir or out_dir
-    flags.nothing_to_resume = flags.resume and not out_dir
+    flags.nothing_to_resume = flags.resume and not has_checkpoint(out_dir)
     check(flags)
 
     def pick(cls):

@@ -5,20 +5,19 @@ Chang, Xu, Xu, Tu, "Convolutions and Self-Attention: Re-interpreting Relative Po
 ACL 2021. https://arxiv.org/abs/2106.05505
 
 A relative position embedding adds to the attention score a number that depends on the offset j - i. That is a
-convolution kernel: a lightweight one if the number is learned (T5), a dynamic one if the query makes it (Shaw et al.).
+convolution kernel: a fixed one if the number is learned (T5), a dynamic one if the query makes it (Shaw et al.).
 Composite attention has both (equation 6):
 
     a_ij = q_i.k_j / sqrt(hs)  +  q_i.W_{j-i} / sqrt(hs)  +  beta_{j-i}          softmax over j
            content                dynamic kernel            fixed kernel
 
 The kernel has kernel_size = 2k+1 entries; offsets beyond +-k share the end entry, as in the authors' code (equation 3
-reads as if they were cut off). W is shared by the heads of a layer, beta is per head. `dynamic_key` adds the mirror
-image, k_j.W'_{i-j} / sqrt(hs), which the paper found not to help.
+reads as if they were cut off). All heads of a layer share W; each head has its own beta. `dynamic_key` adds the mirror
+image, k_j.W'_{i-j} / sqrt(hs), which did not help in the paper.
 
 Departures from the paper: pre-norm blocks, no dropout on the attention weights.
-Plain form: attend_dense, which test_equivalence.py proves equal to Shaw's embeddings, to T5's bias and to convolutions
-written as loops. Fast form: attend_fast, the paper's thesis as an algorithm: flash attention to the far tokens, a dynamic
-convolution over the 2k-1 near ones, joined exactly by their log-sum-exps; proved equal to the plain form.
+Plain form: attend_dense; test_equivalence.py proves it equal to Shaw's embeddings, to T5's bias and to convolutions
+written as loops. Fast form: attend_fast (last part of this file), proved equal to the plain form.
 """
 import math
 from dataclasses import dataclass
@@ -41,20 +40,20 @@ class Config:
     causal: bool = True  # False: every token sees every token (masked language model)
     absolute: bool = False  # learned absolute positions added to the embedding: the baseline that every scheme replaces
     init_std: float = 0.02  # standard deviation of the initial Linear and Embedding weights
-    scale_residual_init: bool = True  # GPT-2: residual projections scaled by 1/sqrt(2 n_layer); the variance theory needs it off
+    scale_residual_init: bool = True  # scale the residual projections by 1/sqrt(2 n_layer), as GPT-2 does
     # the position scheme
-    kernel_size: int = 17  # 2k+1 offsets with an entry of their own, odd; beyond +-k the end entry holds
+    kernel_size: int = 17  # 2k+1 offsets with an entry of their own, odd; offsets beyond +-k share the end entries
     content: bool = True  # q_i.k_j
     dynamic: bool = True  # query-made kernel (Shaw et al. 2018)
     fixed: bool = True  # learned kernel (T5)
     dynamic_key: bool = False  # key-made kernel, its offsets mirrored
-    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # with a (T, T) matrix or without (not for padding, key-made kernels, decoding); auto: without from 256 tokens and 8 kernels on
+    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # fast: without a (T, T) matrix; auto: fast for long texts
 
 
 def visible(T, S, causal=True, valid=None, device=None):
-    """Which of S keys each of the last T tokens sees: bool (T, S), or (B, 1, T, S) where valid (B, S) marks padding False.
+    """Which of S keys each of the last T tokens sees: bool (T, S), or (B, 1, T, S) with padding.
 
-    Padding is seen by nobody but itself, so that no row of the softmax is empty.
+    valid (B, S) bool: False is padding. Only padding itself sees it, so that no row of the softmax is empty.
     """
     i = torch.arange(S - T, S, device=device)[:, None]
     j = torch.arange(S, device=device)
@@ -62,154 +61,45 @@ def visible(T, S, causal=True, valid=None, device=None):
     return see if valid is None else see & (valid[:, None, None, :] | (i == j))
 
 
-def spread(kernel, past, n):
-    """Lay each row's kernel along its diagonal: (..., T, 2k+1) -> (..., T, n).
+def along_diagonals(kernel, past, n):
+    """Write each row's kernel along the diagonals of a matrix: (..., T, 2k+1) -> (..., T, n).
 
-    Row i stands at position past + i and column j gets the entry of offset clip(j - past - i, -k, k). There is no index
-    tensor: the end entries are expanded and the rows skewed, so the backward pass is sums, where a gather's would be
-    a scatter onto few addresses.
+    Row i stands at position past + i; its column j gets the entry of offset clip(j - past - i, -k, k). For three rows
+    with the kernels abc, def, ghi (k = 1), past = 0 and n = 3:
+
+        ends repeated        the same numbers from the third on, in rows of 5        first 3 columns
+        a a b c c c          b c c c d                                               b c c
+        d d e f f f          d e f f f                                               d e f
+        g g h i i i          g g h i i                                               g g h
+
+    An index tensor would do the same, but its backward pass is a scatter onto few addresses; here it is sums.
     """
-    T, k = kernel.size(-2), kernel.size(-1) // 2
-    left, right = T - 1 + past - k, n - past - k  # entries wanted beyond either end; negative: too many
-    first, last = kernel[..., :1], kernel[..., -1:]
-    rows = torch.cat((first.expand(*first.shape[:-1], max(left, 0)),
-                      kernel[..., max(-left, 0):2 * k + 1 - max(-right, 0)],
-                      last.expand(*last.shape[:-1], max(right, 0))), -1)  # (..., T, T+n): offsets 1-T-past ... n-past
-    return rows.flatten(-2)[..., T - 1:-1].unflatten(-1, (T, T + n - 1))[..., :n]  # each row starts one further left
+    T = kernel.size(-2)
+    k = kernel.size(-1) // 2
+    left = T - 1 + past - k  # how often the first entry is repeated; negative: entries to leave out
+    right = n - past - k
+    first = kernel[..., :1].expand(*kernel.shape[:-1], max(left, 0))
+    middle = kernel[..., max(-left, 0):2 * k + 1 - max(-right, 0)]
+    last = kernel[..., -1:].expand(*kernel.shape[:-1], max(right, 0))
+    rows = torch.cat((first, middle, last), -1)  # (..., T, T+n): offsets 1-T-past ... n-past
+    return rows.flatten(-2)[..., T - 1:-1].unflatten(-1, (T, T + n - 1))[..., :n]
 
 
-def attend_dense(q, k, v, table, causal=True, valid=None, key_table=None):
-    """Softmax attention whose scores get a number for each clipped offset (equation 6).
+def attend_dense(q, k, v, kernel_scores, causal=True, valid=None, key_kernel_scores=None):
+    """Softmax attention whose scores get a number for each clipped offset (equation 6). Time and memory O(T S).
 
     q (B, nh, T, hs), k and v (B, nh, S, hs), S >= T: the queries are the last T of S tokens.
-    table (B, nh, T, 2k+1): added to the score of query i and key j at entry clip(j - i, -k, k) + k; B may be 1.
-    key_table (B, nh, S, 2k+1): likewise made by the keys, at entry clip(i - j, -k, k) + k.
-    valid (B, S) bool: False is padding. Returns (B, nh, T, hs). Time and memory O(T S).
+    kernel_scores (B or 1, nh, T, 2k+1): entry clip(j - i, -k, k) + k is added to the score of query i and key j.
+    key_kernel_scores (B, nh, S, 2k+1): made by the keys; entry clip(i - j, -k, k) + k is added.
+    valid (B, S) bool: False is padding. Returns (B, nh, T, hs).
     """
     T, S = q.size(2), k.size(2)
     att = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S)
-    att = att + spread(table, S - T, S)
-    if key_table is not None:
-        att = att + spread(key_table, T - S, T).transpose(-2, -1)
+    att = att + along_diagonals(kernel_scores, S - T, S)
+    if key_kernel_scores is not None:
+        att = att + along_diagonals(key_kernel_scores, T - S, T).transpose(-2, -1)
     att = att.masked_fill(~visible(T, S, causal, valid, q.device), float('-inf')).softmax(-1)
     return att.to(v.dtype) @ v  # (B, nh, T, S) x (B, nh, S, hs) -> (B, nh, T, hs)
-
-
-def shifted(x, offset):
-    """Row i of the result is row i + offset of x (B, nh, T, hs), zero beyond the ends; |offset| < T."""
-    return F.pad(x, (0, 0, -offset, offset))
-
-
-def near_scores(q, k, near, first):
-    """q_i.k_{i+o} / sqrt(hs) + near_io for the offsets o = first, first+1, ...: (B, nh, T, W), -inf beyond the ends."""
-    T, offsets = q.size(2), range(first, first + near.size(-1))
-    s = torch.stack([(q * shifted(k, o)).sum(-1) for o in offsets], -1) / math.sqrt(q.size(-1)) + near
-    j = torch.arange(T, device=q.device)[:, None] + torch.arange(first, offsets.stop, device=q.device)  # (T, W)
-    return s.masked_fill((j < 0) | (j >= T), float('-inf'))
-
-
-def rows_in_order(*tensors):
-    """The flash kernels read channels side by side, and do not check that they are."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
-def flash(q, k, v, far):
-    """Softmax attention of every query to the keys at least `far` tokens before it, by torch's own flash kernels.
-
-    q, k, v (B, nh, T, hs) -> (B, nh, T, hs), its log-sum-exp (B, nh, T) in nats, and what the kernel's backward asks for.
-    """
-    q, k, v = rows_in_order(q[:, :, far:], k[:, :, :-far], v[:, :, :-far])
-    if q.is_cuda:  # output, log-sum-exp, two unused, two lengths, two for dropout's random numbers, a debug mask
-        y, lse, _, _, _, _, *rng, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
-    else:
-        (y, lse), rng = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True), []
-    return F.pad(y, (0, 0, far, 0)), F.pad(lse, (far, 0), value=float('-inf')), rng  # the first queries see nothing so far
-
-
-def flash_backward(dy, q, k, v, y, lse, far, rng):
-    """Gradients of q, k, v (B, nh, T, hs) through the weights exp(q_i.k_j / sqrt(hs) - lse_i) of flash(): lse may count more keys."""
-    dy, q, y, k, v = rows_in_order(dy[:, :, far:], q[:, :, far:], y[:, :, far:], k[:, :, :-far], v[:, :, :-far])
-    lse, n = lse[:, :, far:].contiguous(), q.size(2)
-    if q.is_cuda:
-        d = torch.ops.aten._scaled_dot_product_flash_attention_backward(dy, q, k, v, y, lse, None, None, n, n, 0.0, True, *rng)
-    else:
-        d = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dy, q, k, v, y, lse, 0.0, True)
-    return F.pad(d[0], (0, 0, far, 0)), F.pad(d[1], (0, 0, 0, far)), F.pad(d[2], (0, 0, 0, far))
-
-
-class FarNear(torch.autograd.Function):
-    """Attention as flash attention to the far keys and a dynamic convolution over the near ones, one softmax over all.
-
-    near (B, nh, T, W) is added to the scores at offsets 1-far, 2-far, ...; right (B, nh, T), or None if causal, to those
-    from +far on. The forward pass joins the parts by their log-sum-exps. Given the log-sum-exp of all keys, the weights
-    of any part are exp(score - lse) and its gradients need nothing of the others, so the backward pass runs part by part; the
-    right part's scores have `right` added, exp(q.k + right - lse), which is its flash kernel's exp(q.k - lse) at lse - right.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, near, right, far):
-        wide = near.dtype  # sums in at least float32
-        s = near_scores(q.to(wide), k.to(wide), near, 1 - far)  # (B, nh, T, W)
-        left, lse, rng = flash(q, k, v, far)
-        parts = [(left, lse.to(wide))]
-        if right is not None:  # the mirror image
-            y, lse, more = flash(q.flip(2), k.flip(2), v.flip(2), far)
-            parts.append((y.flip(2), lse.flip(2).to(wide) + right))
-            rng = rng + more
-        lse = torch.cat([s, *(l[..., None] for _, l in parts)], -1).logsumexp(-1)  # (B, nh, T)
-        p = (s - lse[..., None]).exp()
-        y = sum(p[..., r:r + 1] * shifted(v, r + 1 - far) for r in range(p.size(-1)))
-        y = (y + sum((l - lse).exp()[..., None] * o for o, l in parts)).to(v.dtype)
-        ctx.far = far
-        ctx.save_for_backward(q, k, v, near, right, y, lse, *(parts[1] if right is not None else (None, None)), *rng)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        far = ctx.far
-        q, k, v, near, right, y, lse, y_right, l_right, *rng = ctx.saved_tensors
-        d_far = flash_backward(dy, q, k, v, y, lse, far, rng[:2])
-        wide = near.dtype
-        Q, K, V, dY = q.to(wide), k.to(wide), v.to(wide), dy.to(wide)
-        mean = (dY * y).sum(-1)  # (B, nh, T): of the weights' gradients, under the weights
-        p = (near_scores(Q, K, near, 1 - far) - lse[..., None]).exp()
-        offsets = [(r, r + 1 - far) for r in range(p.size(-1))]
-        ds = p * (torch.stack([(dY * shifted(V, o)).sum(-1) for _, o in offsets], -1) - mean[..., None])  # (B, nh, T, W)
-        scaled = ds / math.sqrt(q.size(-1))
-        dq = sum(scaled[..., r:r + 1] * shifted(K, o) for r, o in offsets)
-        dk = sum(shifted(scaled[..., r:r + 1] * Q, -o) for r, o in offsets)
-        dv = sum(shifted(p[..., r:r + 1] * dY, -o) for r, o in offsets)
-        d_right = None
-        if right is not None:
-            d_right = (l_right - lse).exp() * ((dY * y_right).sum(-1) - mean)
-            mirrored = flash_backward(*(t.flip(2) for t in (dy, q, k, v, y, lse - right)), far, rng[2:])
-            d_far = [d + m.flip(2) for d, m in zip(d_far, mirrored)]
-        return *((d + f).to(q.dtype) for d, f in zip((dq, dk, dv), d_far)), ds, d_right, None
-
-
-def has_flash(q):
-    """Whether torch has a flash kernel for q (B, nh, T, hs): on a CPU always, on a CUDA GPU in half precision."""
-    return q.device.type == 'cpu' or q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) % 8 == 0 and q.size(-1) <= 256
-
-
-def attend_fast(q, k, v, table, causal=True):
-    """The value of attend_dense in memory O(T (hs + k)): no (T, T) tensor, forward or backward. q, k, v (B, nh, T, hs), no padding.
-
-    Clipping makes all tokens at distance >= k alike, and a softmax does not notice a number added to its whole row: less
-    the end entry, the far scores are plain q_i.k_j. ValueError where has_flash(q) is False.
-    """
-    if not has_flash(q):
-        raise ValueError(f'attend_fast wants a CPU, or a CUDA GPU with bfloat16 or float16 and heads of 8, 16, ... 256 channels; '
-                         f'got {q.dtype}, heads of {q.size(-1)}, on {q.device.type}')
-    if table.size(-1) == 1:  # all offsets share the one entry
-        table = table.expand(*table.shape[:-1], 3)
-    far = table.size(-1) // 2
-    if q.size(2) <= far:  # nobody is far
-        return attend_dense(q, k, v, table, causal)
-    table = table.to(torch.promote_types(q.dtype, torch.float32)).expand(q.size(0), -1, -1, -1)
-    near = table[..., 1:far + 1 if causal else -1] - table[..., :1]
-    return FarNear.apply(q, k, v, near, None if causal else table[..., -1] - table[..., 0], far)
 
 
 class Attention(nn.Module):
@@ -224,8 +114,12 @@ class Attention(nn.Module):
         if config.attention not in ('auto', 'dense', 'fast'):
             raise ValueError(f'attention must be auto, dense or fast, not {config.attention!r}')
         if config.attention == 'fast' and config.dynamic_key:
-            raise ValueError('a key-made kernel has a dense form only: dynamic_key wants attention auto or dense')
-        self.n_head, self.causal, self.content = config.n_head, config.causal, config.content
+            raise ValueError('a key-made kernel has a dense form only: dynamic_key needs attention auto or dense')
+        self.n_head = config.n_head
+        self.causal = config.causal
+        self.content = config.content
+        self.kernel_size = config.kernel_size
+        self.attention = config.attention
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -236,30 +130,35 @@ class Attention(nn.Module):
         self.fixed = nn.Parameter(torch.zeros(config.n_head, config.kernel_size)) if config.fixed else None
         self.dynamic = kernel() if config.dynamic else None
         self.dynamic_key = kernel() if config.dynamic_key else None
-        self.kernel_size, self.attention = config.kernel_size, config.attention
 
     def forward(self, x, valid=None, state=None):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, 2))  # (B, nh, T, hs)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, nh, T, hs)
         if state is not None:  # decoding: the keys and values of the past come first
-            k, v, valid = (torch.cat((state[name], t), dim) if name in state else t
-                           for name, t, dim in (('k', k, 2), ('v', v, 2), ('valid', valid, 1)))
+            if 'k' in state:
+                k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)
+                v = torch.cat((state['v'], v), 2)
+                valid = torch.cat((state['valid'], valid), 1)  # (B, S)
             state.update(k=k, v=v, valid=valid)
+
         scale = 1 / math.sqrt(q.size(-1))
-        table, key_table = x.new_zeros(1, self.n_head, T, self.kernel_size), None  # (1, nh, T, 2k+1)
+        kernel_scores = torch.zeros(1, self.n_head, T, self.kernel_size, device=x.device)
         if self.fixed is not None:
-            table = table + self.fixed[:, None]
+            kernel_scores = kernel_scores + self.fixed[:, None]  # (1, nh, T, 2k+1)
         if self.dynamic is not None:
-            table = table + q @ self.dynamic.T * scale  # (B, nh, T, 2k+1)
-        if self.dynamic_key is not None:
-            key_table = k @ self.dynamic_key.T * scale  # (B, nh, S, 2k+1)
+            kernel_scores = kernel_scores + q @ self.dynamic.T * scale  # (B, nh, T, 2k+1)
+        key_kernel_scores = k @ self.dynamic_key.T * scale if self.dynamic_key is not None else None  # (B, nh, S, 2k+1)
         if not self.content:
             q = torch.zeros_like(q)
-        if valid is None and key_table is None and (self.attention == 'fast' or self.attention == 'auto' and T >= max(256, 8 * self.kernel_size) and has_flash(q)):
-            y = attend_fast(q, k, v, table, self.causal)
+
+        fast = self.attention == 'fast' or (self.attention == 'auto' and fast_is_quicker(q, self.kernel_size))
+        dense_only = valid is not None or key_kernel_scores is not None  # padding, decoding, key-made kernels
+        if fast and not dense_only:
+            y = attend_fast(q, k, v, kernel_scores, self.causal)
         else:
-            y = attend_dense(q, k, v, table, self.causal, valid, key_table)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+            y = attend_dense(q, k, v, kernel_scores, self.causal, valid, key_kernel_scores)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -313,7 +212,7 @@ class Model(nn.Module):
             nn.init.zeros_(module.bias)
 
     def new_state(self):
-        """An empty memory for decoding: one dict per layer, filled by forward(..., state=...)."""
+        """An empty memory for decoding: a dict per layer, which forward(..., state=...) fills."""
         return [{'seen': 0} for _ in self.h]
 
     def hidden(self, idx, valid=None, state=None):
@@ -327,7 +226,8 @@ class Model(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             if past + T > self.config.block_size:
-                raise ValueError(f'absolute positions end at block_size={self.config.block_size}, got {past + T} tokens')
+                limit = f'block_size={self.config.block_size}'
+                raise ValueError(f'absolute positions end at {limit}, got {past + T} tokens')
             x = x + self.wpe.weight[past:past + T]
         if state is not None:
             if not self.config.causal:
@@ -344,7 +244,7 @@ class Model(nn.Module):
     def forward(self, idx, targets=None, where=None, valid=None, state=None):
         """-> logits (B, T, vocab_size), and the mean cross entropy in nats or None.
 
-        targets (B, T) int64, -1 = not predicted. where (B, M) int64: predict at these places alone (masked language
+        targets (B, T) int64, -1 = not predicted. where (B, M) int64: predict at these places only (masked language
         model); logits are then (B, M, vocab_size) and targets (B, M). idx, valid, state: see hidden().
         """
         x = self.hidden(idx, valid, state)
@@ -355,3 +255,165 @@ class Model(nn.Module):
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper ends here. What follows makes it fast: attend_fast has the value of attend_dense without a (T, T) matrix.
+
+
+def attend_fast(q, k, v, kernel_scores, causal=True):
+    """The value of attend_dense in memory O(T (hs + k)), forward and backward. Arguments as there; no padding, T = S.
+
+    The paper's idea as an algorithm: attention = global content + local convolution. All keys at k tokens or more share
+    an end entry of the kernel, and a softmax does not change when one number is added to its whole row. So we subtract
+    the left end entry from every row; then the scores of the far keys are plain q_i.k_j, and torch's flash attention
+    computes them. The near keys are a dynamic convolution. Causal, k = 3, what queries 0 ... 6 do with keys 0 ... 6:
+
+        n                       n: near, a convolution over k offsets
+        n n                     f: far, flash attention of the queries from k on to all keys but the last k;
+        n n n                      without the causal mask there are also far keys on the right side
+        f n n n
+        f f n n n               The two parts are joined exactly by their log-sum-exps.
+        f f f n n n
+        f f f f n n n
+
+    ValueError where torch has no flash attention kernel for q.
+    """
+    if not has_flash(q):
+        raise ValueError('attend_fast needs a CPU, or a CUDA GPU with bfloat16 or float16 and heads of 8, 16, ... 256 '
+                         f'channels, not {q.dtype} and heads of {q.size(-1)} on {q.device.type}')
+    if kernel_scores.size(-1) == 1:  # all offsets share the one entry
+        kernel_scores = kernel_scores.expand(*kernel_scores.shape[:-1], 3)
+    far = kernel_scores.size(-1) // 2
+    if q.size(2) <= far:  # all keys are near
+        return attend_dense(q, k, v, kernel_scores, causal)
+    kernel_scores = kernel_scores.to(torch.promote_types(q.dtype, torch.float32)).expand(q.size(0), -1, -1, -1)
+    left_end = kernel_scores[..., :1]
+    near = kernel_scores[..., 1:far + 1 if causal else -1] - left_end  # (B, nh, T, W)
+    right = None if causal else (kernel_scores[..., -1:] - left_end).squeeze(-1)  # (B, nh, T)
+    return FarNear.apply(q, k, v, near, right, far)
+
+
+def has_flash(q):
+    """Whether torch has a flash attention kernel for q (B, nh, T, hs): always on a CPU, in half precision on CUDA."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.device.type == 'cpu' or (q.is_cuda and half and q.size(-1) in range(8, 257, 8))
+
+
+def fast_is_quicker(q, kernel_size):
+    """Whether attend_fast can be used for q (B, nh, T, hs) and is the quicker form there, as measured on a CPU."""
+    return q.size(2) >= max(256, 8 * kernel_size) and has_flash(q)
+
+
+class FarNear(torch.autograd.Function):
+    """Flash attention to the far keys and a dynamic convolution over the near ones, in one softmax.
+
+    near (B, nh, T, W) is added to the scores of offsets 1-far, 2-far, ...; right (B, nh, T), None if causal, to those
+    of offsets +far and more. By hand, because given the log-sum-exp of all keys, the weights of any part are
+    exp(score - lse): the backward pass computes each part again and keeps only the inputs, y and lse.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, near, right, far):
+        wide = near.dtype  # sums in at least float32
+        y_right = lse_right = None
+        near_scores = score_neighbours(q.to(wide), k.to(wide), near, 1 - far)  # (B, nh, T, W)
+        y_left, lse_left, rng = flash(q, k, v, far)
+        parts = [near_scores, lse_left.to(wide)[..., None]]
+        if right is not None:  # the keys on the right are those on the left of the mirror image
+            y_right, lse_right, rng_right = flash(q.flip(2), k.flip(2), v.flip(2), far)
+            y_right = y_right.flip(2)
+            lse_right = lse_right.flip(2).to(wide) + right
+            parts.append(lse_right[..., None])
+            rng = rng + rng_right
+        lse = torch.cat(parts, -1).logsumexp(-1)  # (B, nh, T)
+        p = (near_scores - lse[..., None]).exp()
+        y = sum(p[..., r:r + 1] * shifted(v, r + 1 - far) for r in range(p.size(-1)))
+        y = y + (lse_left - lse).exp()[..., None] * y_left
+        if right is not None:
+            y = y + (lse_right - lse).exp()[..., None] * y_right
+        y = y.to(v.dtype)
+        ctx.far = far
+        ctx.save_for_backward(q, k, v, near, right, y, lse, y_right, lse_right, *rng)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        q, k, v, near, right, y, lse, y_right, lse_right, *rng = ctx.saved_tensors
+        far = ctx.far
+        wide = near.dtype
+        mean = (dy.to(wide) * y).sum(-1)  # (B, nh, T): mean of the weights' gradients under the weights
+
+        p = (score_neighbours(q.to(wide), k.to(wide), near, 1 - far) - lse[..., None]).exp()
+        offsets = list(enumerate(range(1 - far, 1 - far + p.size(-1))))
+        dp = torch.stack([(dy.to(wide) * shifted(v.to(wide), o)).sum(-1) for _, o in offsets], -1)
+        d_near = p * (dp - mean[..., None])  # (B, nh, T, W)
+        ds = d_near / math.sqrt(q.size(-1))
+        dq = sum(ds[..., r:r + 1] * shifted(k.to(wide), o) for r, o in offsets)
+        dk = sum(shifted(ds[..., r:r + 1] * q.to(wide), -o) for r, o in offsets)
+        dv = sum(shifted(p[..., r:r + 1] * dy.to(wide), -o) for r, o in offsets)
+
+        far_gradients = flash_backward(dy, q, k, v, y, lse, far, rng[:2])
+        d_right = None
+        if right is not None:  # exp(q.k + right - lse): the flash kernel's weights at the log-sum-exp lse - right
+            d_right = (lse_right - lse).exp() * ((dy.to(wide) * y_right).sum(-1) - mean)
+            mirrored = [x.flip(2) for x in (dy, q, k, v, y, lse - right)]
+            right_gradients = flash_backward(*mirrored, far, rng[2:])
+            far_gradients = [a + b.flip(2) for a, b in zip(far_gradients, right_gradients)]
+        dq, dk, dv = [(a + b).to(q.dtype) for a, b in zip((dq, dk, dv), far_gradients)]
+        return dq, dk, dv, d_near, d_right, None
+
+
+def shifted(x, offset):
+    """Row i of the result is row i + offset of x (B, nh, T, hs), zero beyond the ends; |offset| < T."""
+    return F.pad(x, (0, 0, -offset, offset))
+
+
+def score_neighbours(q, k, near, first):
+    """q_i.k_{i+o} / sqrt(hs) + near_io for the offsets o = first, first+1, ...: (B, nh, T, W), -inf beyond the ends."""
+    T = q.size(2)
+    offsets = torch.arange(first, first + near.size(-1), device=q.device)
+    j = torch.arange(T, device=q.device)[:, None] + offsets  # (T, W): the key of each score
+    products = [(q * shifted(k, first + r)).sum(-1) for r in range(near.size(-1))]
+    scores = torch.stack(products, -1) / math.sqrt(q.size(-1)) + near
+    return scores.masked_fill((j < 0) | (j >= T), float('-inf'))
+
+
+def flash(q, k, v, far):
+    """Softmax attention of every query to the keys at least `far` tokens before it, by torch's own flash kernels.
+
+    q, k, v (B, nh, T, hs) -> (B, nh, T, hs), its log-sum-exp (B, nh, T) in nats, and what the backward kernel needs.
+    """
+    q, k, v = channels_last(q[:, :, far:], k[:, :, :-far], v[:, :, :-far])
+    if q.is_cuda:  # output, log-sum-exp, two unused, two lengths, two for dropout's random numbers, a debug mask
+        results = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+        y, lse, rng = results[0], results[1], list(results[6:8])
+    else:
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        rng = []
+    y = F.pad(y, (0, 0, far, 0))  # the first queries have no key that far
+    lse = F.pad(lse, (far, 0), value=float('-inf'))
+    return y, lse, rng
+
+
+def flash_backward(dy, q, k, v, y, lse, far, rng):
+    """Gradients of q, k, v (B, nh, T, hs) through the weights exp(q_i.k_j / sqrt(hs) - lse_i) of flash().
+
+    lse may count more keys than flash() saw: then y is the output over all of them.
+    """
+    dy, q, k, v, y = channels_last(dy[:, :, far:], q[:, :, far:], k[:, :, :-far], v[:, :, :-far], y[:, :, far:])
+    lse = lse[:, :, far:].contiguous()
+    n = q.size(2)
+    if q.is_cuda:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        dq, dk, dv = kernel(dy, q, k, v, y, lse, None, None, n, n, 0.0, True, *rng)
+    else:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq, dk, dv = kernel(dy, q, k, v, y, lse, 0.0, True)
+    return F.pad(dq, (0, 0, far, 0)), F.pad(dk, (0, 0, 0, far)), F.pad(dv, (0, 0, 0, far))
+
+
+def channels_last(*tensors):
+    """The flash kernels read the channels of a token side by side, and do not check that they are."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

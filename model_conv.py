@@ -1,27 +1,27 @@
 """
-Convolutions at every injection point of self-attention, and in its place.
+Convolutions before, inside and after self-attention, or replacing it.
 
 Chang, Xu, Xu, Tu, "Convolutions and Self-Attention: Re-interpreting Relative Positions in Pre-trained Language Models",
 ACL 2021. https://arxiv.org/abs/2106.05505
 
     depthwise convolution            y_ic = sum_o beta_oc x_{i+o,c}              a kernel per channel (equation 2)
     lightweight convolution          y_ic = sum_o beta_o  x_{i+o,c}              a kernel per head (equation 3)
-    dynamic convolution              y_ic = sum_o (q_i.W_o) x_{i+o,c}            a kernel per head and token (Wu et al. 2019)
+    dynamic convolution              y_ic = sum_o (q_i.W_o) x_{i+o,c}            a kernel per head and token
 
-Where they enter, each a switch of its own:
+Where they enter, each with a switch of its own:
 
-    lightweight, dynamic   in the scores: a_ij = q_i.k_j / sqrt(hs) + beta_{j-i} + q_i.W_{j-i} / sqrt(hs)   (equations 4, 5)
-    queries_keys, values   in half the heads a depthwise-separable convolution (depthwise, then the Linear) makes them
-    output                 softmax(a) v + depthwise(v)                                                  (equation 7)
-    mixer                  'lightweight' or 'dynamic': in place of attention, softmax-normalised over its width (Wu et al.)
+    lightweight, dynamic   in the scores: a_ij = q_i.k_j / sqrt(hs) + beta_{j-i} + q_i.W_{j-i} / sqrt(hs)   (eq. 4, 5)
+    queries_keys, values   before attention: a depthwise convolution, then the Linear, makes them in half of the heads
+    output                 after attention (equation 7): softmax(a) v + depthwise(v)
+    mixer                  'lightweight' or 'dynamic' replaces attention by that convolution, its kernel normalised by
+                           a softmax over its width (Wu et al. 2019); --no-output makes it the convolution alone
 
-With a mixer the kernels of the scores have no place, and --no-output makes it the convolution alone. In a causal model
-the convolutions have all their kernel_size taps in the past; in the scores, as in model_composite.py, offsets beyond
-+-k share the end entry and the future is masked. Departures from the papers: pre-norm blocks, no dropout on the
-attention weights, no bias in the depthwise convolutions, the dynamic kernel of a mixer is made by the query and its W
-shared by the heads. The default, scores and output, ended lowest of eight combinations, causal and masked
-(experiments/README.md). Plain forms: loops and banded Toeplitz matrices in test_equivalence.py. Fast forms: conv1d for the
-depthwise convolution (4.6 times faster than shifts on a CPU), attend_fast (as in model_composite.py) for the scores.
+In the scores offsets beyond +-k share the end entry, as in model_composite.py. Elsewhere the kernel of a causal model
+has all its kernel_size entries in the past. Departures from the paper: pre-norm blocks, no dropout on the attention
+weights, no bias in the depthwise convolutions; the mixer 'dynamic' has a query-made kernel whose W the heads share.
+The default, scores and output, had the lowest loss of eight combinations (experiments/README.md).
+Plain forms: loops and banded Toeplitz matrices in test_equivalence.py. Fast forms: conv1d for the depthwise convolution
+(on a CPU 4.6 times faster than shifts), and attend_fast (last part of this file) for the scores.
 """
 import math
 from dataclasses import dataclass
@@ -44,22 +44,22 @@ class Config:
     causal: bool = True  # False: every token sees every token (masked language model)
     absolute: bool = False  # learned absolute positions added to the embedding: the baseline that every scheme replaces
     init_std: float = 0.02  # standard deviation of the initial Linear and Embedding weights
-    scale_residual_init: bool = True  # GPT-2: residual projections scaled by 1/sqrt(2 n_layer); the variance theory needs it off
+    scale_residual_init: bool = True  # scale the residual projections by 1/sqrt(2 n_layer), as GPT-2 does
     # the position scheme
-    kernel_size: int = 17  # entries of a kernel, odd; 2k+1 offsets -k ... k, or 2k+1 taps in the past
+    kernel_size: int = 17  # entries of a kernel, odd: 2k+1 offsets in the scores, elsewhere 2k+1 tokens of the past
     lightweight: bool = True  # learned kernel in the scores
     dynamic: bool = True  # query-made kernel in the scores
     queries_keys: bool = False  # convolution makes the queries and keys of half the heads
     values: bool = False  # convolution makes the values of half the heads
     output: bool = True  # convolution of the values, added after the softmax
-    mixer: Literal['attention', 'lightweight', 'dynamic'] = 'attention'  # attention, or a convolution in its place
-    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # with a (T, T) matrix or without (not for padding, key-made kernels, decoding); auto: without from 256 tokens and 8 kernels on
+    mixer: Literal['attention', 'lightweight', 'dynamic'] = 'attention'  # attention, or a convolution that replaces it
+    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # fast: without a (T, T) matrix; auto: fast for long texts
 
 
 def visible(T, S, causal=True, valid=None, device=None):
-    """Which of S keys each of the last T tokens sees: bool (T, S), or (B, 1, T, S) where valid (B, S) marks padding False.
+    """Which of S keys each of the last T tokens sees: bool (T, S), or (B, 1, T, S) with padding.
 
-    Padding is seen by nobody but itself, so that no row of the softmax is empty.
+    valid (B, S) bool: False is padding. Only padding itself sees it, so that no row of the softmax is empty.
     """
     i = torch.arange(S - T, S, device=device)[:, None]
     j = torch.arange(S, device=device)
@@ -67,193 +67,74 @@ def visible(T, S, causal=True, valid=None, device=None):
     return see if valid is None else see & (valid[:, None, None, :] | (i == j))
 
 
-def spread(kernel, past, n):
-    """Lay each row's kernel along its diagonal: (..., T, 2k+1) -> (..., T, n).
+def along_diagonals(kernel, past, n):
+    """Write each row's kernel along the diagonals of a matrix: (..., T, 2k+1) -> (..., T, n).
 
-    Row i stands at position past + i and column j gets the entry of offset clip(j - past - i, -k, k). There is no index
-    tensor: the end entries are expanded and the rows skewed, so the backward pass is sums, where a gather's would be
-    a scatter onto few addresses.
+    Row i stands at position past + i; its column j gets the entry of offset clip(j - past - i, -k, k). For three rows
+    with the kernels abc, def, ghi (k = 1), past = 0 and n = 3:
+
+        ends repeated        the same numbers from the third on, in rows of 5        first 3 columns
+        a a b c c c          b c c c d                                               b c c
+        d d e f f f          d e f f f                                               d e f
+        g g h i i i          g g h i i                                               g g h
+
+    An index tensor would do the same, but its backward pass is a scatter onto few addresses; here it is sums.
     """
-    T, k = kernel.size(-2), kernel.size(-1) // 2
-    left, right = T - 1 + past - k, n - past - k  # entries wanted beyond either end; negative: too many
-    first, last = kernel[..., :1], kernel[..., -1:]
-    rows = torch.cat((first.expand(*first.shape[:-1], max(left, 0)),
-                      kernel[..., max(-left, 0):2 * k + 1 - max(-right, 0)],
-                      last.expand(*last.shape[:-1], max(right, 0))), -1)  # (..., T, T+n): offsets 1-T-past ... n-past
-    return rows.flatten(-2)[..., T - 1:-1].unflatten(-1, (T, T + n - 1))[..., :n]  # each row starts one further left
+    T = kernel.size(-2)
+    k = kernel.size(-1) // 2
+    left = T - 1 + past - k  # how often the first entry is repeated; negative: entries to leave out
+    right = n - past - k
+    first = kernel[..., :1].expand(*kernel.shape[:-1], max(left, 0))
+    middle = kernel[..., max(-left, 0):2 * k + 1 - max(-right, 0)]
+    last = kernel[..., -1:].expand(*kernel.shape[:-1], max(right, 0))
+    rows = torch.cat((first, middle, last), -1)  # (..., T, T+n): offsets 1-T-past ... n-past
+    return rows.flatten(-2)[..., T - 1:-1].unflatten(-1, (T, T + n - 1))[..., :n]
 
 
-def attend_dense(q, k, v, table, causal=True, valid=None, key_table=None):
-    """Softmax attention whose scores get a number for each clipped offset (equation 6).
+def attend_dense(q, k, v, kernel_scores, causal=True, valid=None, key_kernel_scores=None):
+    """Softmax attention whose scores get a number for each clipped offset (equation 6). Time and memory O(T S).
 
     q (B, nh, T, hs), k and v (B, nh, S, hs), S >= T: the queries are the last T of S tokens.
-    table (B, nh, T, 2k+1): added to the score of query i and key j at entry clip(j - i, -k, k) + k; B may be 1.
-    key_table (B, nh, S, 2k+1): likewise made by the keys, at entry clip(i - j, -k, k) + k.
-    valid (B, S) bool: False is padding. Returns (B, nh, T, hs). Time and memory O(T S).
+    kernel_scores (B or 1, nh, T, 2k+1): entry clip(j - i, -k, k) + k is added to the score of query i and key j.
+    key_kernel_scores (B, nh, S, 2k+1): made by the keys; entry clip(i - j, -k, k) + k is added.
+    valid (B, S) bool: False is padding. Returns (B, nh, T, hs).
     """
     T, S = q.size(2), k.size(2)
     att = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S)
-    att = att + spread(table, S - T, S)
-    if key_table is not None:
-        att = att + spread(key_table, T - S, T).transpose(-2, -1)
+    att = att + along_diagonals(kernel_scores, S - T, S)
+    if key_kernel_scores is not None:
+        att = att + along_diagonals(key_kernel_scores, T - S, T).transpose(-2, -1)
     att = att.masked_fill(~visible(T, S, causal, valid, q.device), float('-inf')).softmax(-1)
     return att.to(v.dtype) @ v  # (B, nh, T, S) x (B, nh, S, hs) -> (B, nh, T, hs)
 
 
-def shifted(x, offset):
-    """Row i of the result is row i + offset of x (B, nh, T, hs), zero beyond the ends; |offset| < T."""
-    return F.pad(x, (0, 0, -offset, offset))
-
-
-def near_scores(q, k, near, first):
-    """q_i.k_{i+o} / sqrt(hs) + near_io for the offsets o = first, first+1, ...: (B, nh, T, W), -inf beyond the ends."""
-    T, offsets = q.size(2), range(first, first + near.size(-1))
-    s = torch.stack([(q * shifted(k, o)).sum(-1) for o in offsets], -1) / math.sqrt(q.size(-1)) + near
-    j = torch.arange(T, device=q.device)[:, None] + torch.arange(first, offsets.stop, device=q.device)  # (T, W)
-    return s.masked_fill((j < 0) | (j >= T), float('-inf'))
-
-
-def rows_in_order(*tensors):
-    """The flash kernels read channels side by side, and do not check that they are."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
-def flash(q, k, v, far):
-    """Softmax attention of every query to the keys at least `far` tokens before it, by torch's own flash kernels.
-
-    q, k, v (B, nh, T, hs) -> (B, nh, T, hs), its log-sum-exp (B, nh, T) in nats, and what the kernel's backward asks for.
-    """
-    q, k, v = rows_in_order(q[:, :, far:], k[:, :, :-far], v[:, :, :-far])
-    if q.is_cuda:  # output, log-sum-exp, two unused, two lengths, two for dropout's random numbers, a debug mask
-        y, lse, _, _, _, _, *rng, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
-    else:
-        (y, lse), rng = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True), []
-    return F.pad(y, (0, 0, far, 0)), F.pad(lse, (far, 0), value=float('-inf')), rng  # the first queries see nothing so far
-
-
-def flash_backward(dy, q, k, v, y, lse, far, rng):
-    """Gradients of q, k, v (B, nh, T, hs) through the weights exp(q_i.k_j / sqrt(hs) - lse_i) of flash(): lse may count more keys."""
-    dy, q, y, k, v = rows_in_order(dy[:, :, far:], q[:, :, far:], y[:, :, far:], k[:, :, :-far], v[:, :, :-far])
-    lse, n = lse[:, :, far:].contiguous(), q.size(2)
-    if q.is_cuda:
-        d = torch.ops.aten._scaled_dot_product_flash_attention_backward(dy, q, k, v, y, lse, None, None, n, n, 0.0, True, *rng)
-    else:
-        d = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dy, q, k, v, y, lse, 0.0, True)
-    return F.pad(d[0], (0, 0, far, 0)), F.pad(d[1], (0, 0, 0, far)), F.pad(d[2], (0, 0, 0, far))
-
-
-class FarNear(torch.autograd.Function):
-    """Attention as flash attention to the far keys and a dynamic convolution over the near ones, one softmax over all.
-
-    near (B, nh, T, W) is added to the scores at offsets 1-far, 2-far, ...; right (B, nh, T), or None if causal, to those
-    from +far on. The forward pass joins the parts by their log-sum-exps. Given the log-sum-exp of all keys, the weights
-    of any part are exp(score - lse) and its gradients need nothing of the others, so the backward pass runs part by part; the
-    right part's scores have `right` added, exp(q.k + right - lse), which is its flash kernel's exp(q.k - lse) at lse - right.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, near, right, far):
-        wide = near.dtype  # sums in at least float32
-        s = near_scores(q.to(wide), k.to(wide), near, 1 - far)  # (B, nh, T, W)
-        left, lse, rng = flash(q, k, v, far)
-        parts = [(left, lse.to(wide))]
-        if right is not None:  # the mirror image
-            y, lse, more = flash(q.flip(2), k.flip(2), v.flip(2), far)
-            parts.append((y.flip(2), lse.flip(2).to(wide) + right))
-            rng = rng + more
-        lse = torch.cat([s, *(l[..., None] for _, l in parts)], -1).logsumexp(-1)  # (B, nh, T)
-        p = (s - lse[..., None]).exp()
-        y = sum(p[..., r:r + 1] * shifted(v, r + 1 - far) for r in range(p.size(-1)))
-        y = (y + sum((l - lse).exp()[..., None] * o for o, l in parts)).to(v.dtype)
-        ctx.far = far
-        ctx.save_for_backward(q, k, v, near, right, y, lse, *(parts[1] if right is not None else (None, None)), *rng)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        far = ctx.far
-        q, k, v, near, right, y, lse, y_right, l_right, *rng = ctx.saved_tensors
-        d_far = flash_backward(dy, q, k, v, y, lse, far, rng[:2])
-        wide = near.dtype
-        Q, K, V, dY = q.to(wide), k.to(wide), v.to(wide), dy.to(wide)
-        mean = (dY * y).sum(-1)  # (B, nh, T): of the weights' gradients, under the weights
-        p = (near_scores(Q, K, near, 1 - far) - lse[..., None]).exp()
-        offsets = [(r, r + 1 - far) for r in range(p.size(-1))]
-        ds = p * (torch.stack([(dY * shifted(V, o)).sum(-1) for _, o in offsets], -1) - mean[..., None])  # (B, nh, T, W)
-        scaled = ds / math.sqrt(q.size(-1))
-        dq = sum(scaled[..., r:r + 1] * shifted(K, o) for r, o in offsets)
-        dk = sum(shifted(scaled[..., r:r + 1] * Q, -o) for r, o in offsets)
-        dv = sum(shifted(p[..., r:r + 1] * dY, -o) for r, o in offsets)
-        d_right = None
-        if right is not None:
-            d_right = (l_right - lse).exp() * ((dY * y_right).sum(-1) - mean)
-            mirrored = flash_backward(*(t.flip(2) for t in (dy, q, k, v, y, lse - right)), far, rng[2:])
-            d_far = [d + m.flip(2) for d, m in zip(d_far, mirrored)]
-        return *((d + f).to(q.dtype) for d, f in zip((dq, dk, dv), d_far)), ds, d_right, None
-
-
-def has_flash(q):
-    """Whether torch has a flash kernel for q (B, nh, T, hs): on a CPU always, on a CUDA GPU in half precision."""
-    return q.device.type == 'cpu' or q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.size(-1) % 8 == 0 and q.size(-1) <= 256
-
-
-def attend_fast(q, k, v, table, causal=True):
-    """The value of attend_dense in memory O(T (hs + k)): no (T, T) tensor, forward or backward. q, k, v (B, nh, T, hs), no padding.
-
-    Clipping makes all tokens at distance >= k alike, and a softmax does not notice a number added to its whole row: less
-    the end entry, the far scores are plain q_i.k_j. ValueError where has_flash(q) is False.
-    """
-    if not has_flash(q):
-        raise ValueError(f'attend_fast wants a CPU, or a CUDA GPU with bfloat16 or float16 and heads of 8, 16, ... 256 channels; '
-                         f'got {q.dtype}, heads of {q.size(-1)}, on {q.device.type}')
-    if table.size(-1) == 1:  # all offsets share the one entry
-        table = table.expand(*table.shape[:-1], 3)
-    far = table.size(-1) // 2
-    if q.size(2) <= far:  # nobody is far
-        return attend_dense(q, k, v, table, causal)
-    table = table.to(torch.promote_types(q.dtype, torch.float32)).expand(q.size(0), -1, -1, -1)
-    near = table[..., 1:far + 1 if causal else -1] - table[..., :1]
-    return FarNear.apply(q, k, v, near, None if causal else table[..., -1] - table[..., 0], far)
-
-
 def dynamic_conv(x, w, causal=True, past=0):
-    """Dynamic convolution (Wu et al. 2019): every token brings its own kernel, shared by the channels of a head.
+    """Dynamic convolution (Wu et al. 2019): every token brings its own kernel, which the channels of a head share.
 
-    x (B, nh, past + T, hs): the first `past` tokens come before the outputs. w (B or 1, nh, T or 1, K): entry r weighs the
-    token at offset r - (K-1) where causal, else r - K//2; beyond the ends x is zero. Returns (B, nh, T, hs).
+    x (B, nh, past + T, hs): the first `past` tokens come before the outputs. w (B or 1, nh, T or 1, K): entry r weighs
+    the token at offset r - (K-1) if causal, else r - K//2; beyond the ends x is zero. Returns (B, nh, T, hs).
     """
     K, T = w.size(-1), x.size(2) - past
     left = K - 1 if causal else K // 2
-    x = F.pad(x, (0, 0, left - past, K - 1 - left))  # (B, nh, T+K-1, hs); drops what no kernel reaches
+    x = F.pad(x, (0, 0, left - past, K - 1 - left))  # (B, nh, T+K-1, hs); drops the tokens that no kernel reaches
     return sum(w[..., r:r + 1] * x[:, :, r:r + T] for r in range(K))
 
 
 def lightweight_conv(x, w, causal=True, past=0):
-    """Lightweight convolution (equation 3): x (B, nh, past + T, hs), w (nh, K), a kernel per head; else as dynamic_conv."""
+    """Lightweight convolution (equation 3): w (nh, K), a kernel per head; x (B, nh, past + T, hs), see dynamic_conv."""
     return dynamic_conv(x, w[None, :, None], causal, past)
 
 
 def depthwise_conv(x, w, causal=True, past=0):
-    """Depthwise convolution (equation 2): x (B, past + T, C), w (C, K), a kernel per channel; else as dynamic_conv -> (B, T, C)."""
+    """Depthwise convolution (equation 2): w (C, K), a kernel per channel; x (B, past + T, C) -> (B, T, C)."""
     K = w.size(-1)
     left = K - 1 if causal else K // 2
     x = F.pad(x.transpose(1, 2), (left - past, K - 1 - left))  # (B, C, T+K-1)
     return F.conv1d(x, w[:, None], groups=x.size(1)).transpose(1, 2)
 
 
-def remember(state, name, x, keep):
-    """x (..., T, c) -> x behind the rows that the state holds of earlier tokens, and their number; the state keeps the newest."""
-    if state is None:
-        return x, 0
-    past = state[name].size(-2) if name in state else 0
-    x = torch.cat((state[name], x), -2) if past else x
-    state[name] = x[..., max(0, x.size(-2) - keep):, :]
-    return x, past
-
-
 class Attention(nn.Module):
-    """Self-attention with convolutions before, inside and behind its softmax, or a convolution instead."""
+    """Self-attention with convolutions before, inside and after its softmax, or a convolution that replaces it."""
 
     def __init__(self, config):
         super().__init__()
@@ -262,67 +143,82 @@ class Attention(nn.Module):
         if config.kernel_size < 1 or config.kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd and positive, not {config.kernel_size}')
         if (config.queries_keys or config.values) and config.n_head < 2:
-            raise ValueError('queries_keys and values convolve in half the heads: n_head must be at least 2')
+            raise ValueError('queries_keys and values convolve in half of the heads: n_head must be at least 2')
         if config.queries_keys and config.mixer == 'lightweight':
             raise ValueError('queries_keys needs queries or keys, and the mixer lightweight has neither')
         if config.mixer not in ('attention', 'lightweight', 'dynamic'):
             raise ValueError(f'mixer must be attention, lightweight or dynamic, not {config.mixer!r}')
         if config.attention not in ('auto', 'dense', 'fast'):
             raise ValueError(f'attention must be auto, dense or fast, not {config.attention!r}')
-        self.n_head, self.causal, self.kernel_size = config.n_head, config.causal, config.kernel_size
-        self.mixer, self.attention, hs = config.mixer, config.attention, config.n_embd // config.n_head
-        self.half = config.n_head // 2 * hs  # channels of the heads whose q, k or v are convolved
+        self.n_head = config.n_head
+        self.causal = config.causal
+        self.kernel_size = config.kernel_size
+        self.mixer = config.mixer
+        self.attention = config.attention
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-        K, a, attention = config.kernel_size, config.kernel_size ** -0.5, config.mixer == 'attention'
-        uniform = lambda wanted, *shape: nn.Parameter(torch.empty(*shape).uniform_(-a, a)) if wanted else None  # as Conv1d
-        lightweight = config.lightweight if attention else config.mixer == 'lightweight'
+        def kernel(wanted, *shape):  # Conv1d's initialisation
+            a = config.kernel_size ** -0.5
+            return nn.Parameter(torch.empty(*shape).uniform_(-a, a)) if wanted else None
+
+        K, mixer = config.kernel_size, config.mixer
+        hs = config.n_embd // config.n_head
+        lightweight = config.lightweight if mixer == 'attention' else mixer == 'lightweight'
+        dynamic = config.dynamic if mixer == 'attention' else mixer == 'dynamic'
         self.lightweight = nn.Parameter(torch.zeros(config.n_head, K)) if lightweight else None
-        self.dynamic = uniform(config.dynamic if attention else config.mixer == 'dynamic', K, hs)  # shared by the heads
-        self.conv_q = uniform(config.queries_keys, config.n_embd, K)
-        self.conv_k = uniform(config.queries_keys and attention, config.n_embd, K)
-        self.conv_v = uniform(config.values, config.n_embd, K)
-        self.conv_out = uniform(config.output, config.n_embd, K)
+        self.dynamic = kernel(dynamic, K, hs)  # shared by the heads
+        self.conv_q = kernel(config.queries_keys, config.n_embd, K)
+        self.conv_k = kernel(config.queries_keys and mixer == 'attention', config.n_embd, K)
+        self.conv_v = kernel(config.values, config.n_embd, K)
+        self.conv_out = kernel(config.output, config.n_embd, K)
+        self.half = config.n_head // 2 * hs  # channels of the heads whose q, k or v are convolved
 
     def forward(self, x, valid=None, state=None):
         B, T, C = x.shape
-        seen, past = remember(state, 'x', x if valid is None else x * valid[..., None], self.kernel_size - 1)
-        parts = list(self.c_attn(x).split(C, 2))  # 3 x (B, T, C)
+        x_and_past, past = with_past(state, 'convolved_x', x, valid, self.kernel_size - 1)
+        qkv = list(self.c_attn(x).split(C, 2))  # 3 x (B, T, C)
         for i, kernel in enumerate((self.conv_q, self.conv_k, self.conv_v)):
             if kernel is not None:
                 rows = slice(i * C, i * C + self.half)
                 bias = None if self.c_attn.bias is None else self.c_attn.bias[rows]
-                mixed = F.linear(depthwise_conv(seen, kernel, self.causal, past), self.c_attn.weight[rows], bias)
-                parts[i] = torch.cat((mixed, parts[i][..., self.half:]), 2)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in parts)  # (B, nh, T, hs)
-        flow, before = remember(state, 'flow', v if valid is None else v * valid[:, None, :, None], self.kernel_size - 1)
+                convolved = depthwise_conv(x_and_past, kernel, self.causal, past)
+                convolved = F.linear(convolved, self.c_attn.weight[rows], bias)
+                qkv[i] = torch.cat((convolved, qkv[i][..., self.half:]), 2)
+        v_and_past, past = with_past(state, 'convolved_v', qkv[2], valid, self.kernel_size - 1)
+        q, k, v, v_in_heads = [t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in (*qkv, v_and_past)]
         if self.mixer == 'lightweight':
-            y = lightweight_conv(flow, self.lightweight.softmax(-1), self.causal, before)
+            y = lightweight_conv(v_in_heads, self.lightweight.softmax(-1), self.causal, past)
         elif self.mixer == 'dynamic':
-            y = dynamic_conv(flow, (q @ self.dynamic.T).softmax(-1), self.causal, before)
+            y = dynamic_conv(v_in_heads, (q @ self.dynamic.T).softmax(-1), self.causal, past)
         else:
-            if state is not None:  # decoding: the keys and values of the past come first
-                k, v, valid = (torch.cat((state[name], t), dim) if name in state else t
-                               for name, t, dim in (('k', k, 2), ('v', v, 2), ('valid', valid, 1)))
-                state.update(k=k, v=v, valid=valid)
-            if self.lightweight is None and self.dynamic is None:  # no kernel in the scores
-                mask = None if valid is None else visible(T, k.size(2), self.causal, valid, x.device)
-                y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and mask is None)
-            else:
-                table = x.new_zeros(1, self.n_head, T, self.kernel_size)  # (1, nh, T, 2k+1)
-                if self.lightweight is not None:
-                    table = table + self.lightweight[:, None]
-                if self.dynamic is not None:
-                    table = table + q @ self.dynamic.T / math.sqrt(q.size(-1))  # (B, nh, T, 2k+1)
-                if valid is None and (self.attention == 'fast' or self.attention == 'auto' and T >= max(256, 8 * self.kernel_size) and has_flash(q)):
-                    y = attend_fast(q, k, v, table, self.causal)
-                else:
-                    y = attend_dense(q, k, v, table, self.causal, valid)
+            y = self.attend(q, k, v, valid, state)
         y = y.transpose(1, 2).reshape(B, T, C)
         if self.conv_out is not None:
-            y = y + depthwise_conv(flow.transpose(1, 2).reshape(B, -1, C), self.conv_out, self.causal, before)
-        return self.c_proj(y)  # (B, T, C)
+            y = y + depthwise_conv(v_and_past, self.conv_out, self.causal, past)
+        return self.c_proj(y)
+
+    def attend(self, q, k, v, valid, state):
+        """Softmax attention with kernels in its scores: q, k, v (B, nh, T, hs) -> (B, nh, T, hs)."""
+        if state is not None:  # decoding: the keys and values of the past come first
+            if 'k' in state:
+                k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)
+                v = torch.cat((state['v'], v), 2)
+                valid = torch.cat((state['valid'], valid), 1)  # (B, S)
+            state.update(k=k, v=v, valid=valid)
+        T = q.size(2)
+        if self.lightweight is None and self.dynamic is None:  # no kernel in the scores
+            mask = None if valid is None else visible(T, k.size(2), self.causal, valid, q.device)
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and mask is None)
+        kernel_scores = torch.zeros(1, self.n_head, T, self.kernel_size, device=q.device)
+        if self.lightweight is not None:
+            kernel_scores = kernel_scores + self.lightweight[:, None]  # (1, nh, T, 2k+1)
+        if self.dynamic is not None:
+            kernel_scores = kernel_scores + q @ self.dynamic.T / math.sqrt(q.size(-1))  # (B, nh, T, 2k+1)
+        fast = self.attention == 'fast' or (self.attention == 'auto' and fast_is_quicker(q, self.kernel_size))
+        if fast and valid is None:  # padding and decoding are dense
+            return attend_fast(q, k, v, kernel_scores, self.causal)
+        return attend_dense(q, k, v, kernel_scores, self.causal, valid)
 
 
 class MLP(nn.Module):
@@ -376,7 +272,7 @@ class Model(nn.Module):
             nn.init.zeros_(module.bias)
 
     def new_state(self):
-        """An empty memory for decoding: one dict per layer, filled by forward(..., state=...)."""
+        """An empty memory for decoding: a dict per layer, which forward(..., state=...) fills."""
         return [{'seen': 0} for _ in self.h]
 
     def hidden(self, idx, valid=None, state=None):
@@ -390,7 +286,8 @@ class Model(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             if past + T > self.config.block_size:
-                raise ValueError(f'absolute positions end at block_size={self.config.block_size}, got {past + T} tokens')
+                limit = f'block_size={self.config.block_size}'
+                raise ValueError(f'absolute positions end at {limit}, got {past + T} tokens')
             x = x + self.wpe.weight[past:past + T]
         if state is not None:
             if not self.config.causal:
@@ -407,7 +304,7 @@ class Model(nn.Module):
     def forward(self, idx, targets=None, where=None, valid=None, state=None):
         """-> logits (B, T, vocab_size), and the mean cross entropy in nats or None.
 
-        targets (B, T) int64, -1 = not predicted. where (B, M) int64: predict at these places alone (masked language
+        targets (B, T) int64, -1 = not predicted. where (B, M) int64: predict at these places only (masked language
         model); logits are then (B, M, vocab_size) and targets (B, M). idx, valid, state: see hidden().
         """
         x = self.hidden(idx, valid, state)
@@ -418,3 +315,182 @@ class Model(nn.Module):
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper ends here. What follows makes it fast: attend_fast has the value of attend_dense without a (T, T) matrix,
+# and with_past keeps for decoding what a convolution needs of the past.
+
+
+def attend_fast(q, k, v, kernel_scores, causal=True):
+    """The value of attend_dense in memory O(T (hs + k)), forward and backward. Arguments as there; no padding, T = S.
+
+    The paper's idea as an algorithm: attention = global content + local convolution. All keys at k tokens or more share
+    an end entry of the kernel, and a softmax does not change when one number is added to its whole row. So we subtract
+    the left end entry from every row; then the scores of the far keys are plain q_i.k_j, and torch's flash attention
+    computes them. The near keys are a dynamic convolution. Causal, k = 3, what queries 0 ... 6 do with keys 0 ... 6:
+
+        n                       n: near, a convolution over k offsets
+        n n                     f: far, flash attention of the queries from k on to all keys but the last k;
+        n n n                      without the causal mask there are also far keys on the right side
+        f n n n
+        f f n n n               The two parts are joined exactly by their log-sum-exps.
+        f f f n n n
+        f f f f n n n
+
+    ValueError where torch has no flash attention kernel for q.
+    """
+    if not has_flash(q):
+        raise ValueError('attend_fast needs a CPU, or a CUDA GPU with bfloat16 or float16 and heads of 8, 16, ... 256 '
+                         f'channels, not {q.dtype} and heads of {q.size(-1)} on {q.device.type}')
+    if kernel_scores.size(-1) == 1:  # all offsets share the one entry
+        kernel_scores = kernel_scores.expand(*kernel_scores.shape[:-1], 3)
+    far = kernel_scores.size(-1) // 2
+    if q.size(2) <= far:  # all keys are near
+        return attend_dense(q, k, v, kernel_scores, causal)
+    kernel_scores = kernel_scores.to(torch.promote_types(q.dtype, torch.float32)).expand(q.size(0), -1, -1, -1)
+    left_end = kernel_scores[..., :1]
+    near = kernel_scores[..., 1:far + 1 if causal else -1] - left_end  # (B, nh, T, W)
+    right = None if causal else (kernel_scores[..., -1:] - left_end).squeeze(-1)  # (B, nh, T)
+    return FarNear.apply(q, k, v, near, right, far)
+
+
+def has_flash(q):
+    """Whether torch has a flash attention kernel for q (B, nh, T, hs): always on a CPU, in half precision on CUDA."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.device.type == 'cpu' or (q.is_cuda and half and q.size(-1) in range(8, 257, 8))
+
+
+def fast_is_quicker(q, kernel_size):
+    """Whether attend_fast can be used for q (B, nh, T, hs) and is the quicker form there, as measured on a CPU."""
+    return q.size(2) >= max(256, 8 * kernel_size) and has_flash(q)
+
+
+class FarNear(torch.autograd.Function):
+    """Flash attention to the far keys and a dynamic convolution over the near ones, in one softmax.
+
+    near (B, nh, T, W) is added to the scores of offsets 1-far, 2-far, ...; right (B, nh, T), None if causal, to those
+    of offsets +far and more. By hand, because given the log-sum-exp of all keys, the weights of any part are
+    exp(score - lse): the backward pass computes each part again and keeps only the inputs, y and lse.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, near, right, far):
+        wide = near.dtype  # sums in at least float32
+        y_right = lse_right = None
+        near_scores = score_neighbours(q.to(wide), k.to(wide), near, 1 - far)  # (B, nh, T, W)
+        y_left, lse_left, rng = flash(q, k, v, far)
+        parts = [near_scores, lse_left.to(wide)[..., None]]
+        if right is not None:  # the keys on the right are those on the left of the mirror image
+            y_right, lse_right, rng_right = flash(q.flip(2), k.flip(2), v.flip(2), far)
+            y_right = y_right.flip(2)
+            lse_right = lse_right.flip(2).to(wide) + right
+            parts.append(lse_right[..., None])
+            rng = rng + rng_right
+        lse = torch.cat(parts, -1).logsumexp(-1)  # (B, nh, T)
+        p = (near_scores - lse[..., None]).exp()
+        y = sum(p[..., r:r + 1] * shifted(v, r + 1 - far) for r in range(p.size(-1)))
+        y = y + (lse_left - lse).exp()[..., None] * y_left
+        if right is not None:
+            y = y + (lse_right - lse).exp()[..., None] * y_right
+        y = y.to(v.dtype)
+        ctx.far = far
+        ctx.save_for_backward(q, k, v, near, right, y, lse, y_right, lse_right, *rng)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        q, k, v, near, right, y, lse, y_right, lse_right, *rng = ctx.saved_tensors
+        far = ctx.far
+        wide = near.dtype
+        mean = (dy.to(wide) * y).sum(-1)  # (B, nh, T): mean of the weights' gradients under the weights
+
+        p = (score_neighbours(q.to(wide), k.to(wide), near, 1 - far) - lse[..., None]).exp()
+        offsets = list(enumerate(range(1 - far, 1 - far + p.size(-1))))
+        dp = torch.stack([(dy.to(wide) * shifted(v.to(wide), o)).sum(-1) for _, o in offsets], -1)
+        d_near = p * (dp - mean[..., None])  # (B, nh, T, W)
+        ds = d_near / math.sqrt(q.size(-1))
+        dq = sum(ds[..., r:r + 1] * shifted(k.to(wide), o) for r, o in offsets)
+        dk = sum(shifted(ds[..., r:r + 1] * q.to(wide), -o) for r, o in offsets)
+        dv = sum(shifted(p[..., r:r + 1] * dy.to(wide), -o) for r, o in offsets)
+
+        far_gradients = flash_backward(dy, q, k, v, y, lse, far, rng[:2])
+        d_right = None
+        if right is not None:  # exp(q.k + right - lse): the flash kernel's weights at the log-sum-exp lse - right
+            d_right = (lse_right - lse).exp() * ((dy.to(wide) * y_right).sum(-1) - mean)
+            mirrored = [x.flip(2) for x in (dy, q, k, v, y, lse - right)]
+            right_gradients = flash_backward(*mirrored, far, rng[2:])
+            far_gradients = [a + b.flip(2) for a, b in zip(far_gradients, right_gradients)]
+        dq, dk, dv = [(a + b).to(q.dtype) for a, b in zip((dq, dk, dv), far_gradients)]
+        return dq, dk, dv, d_near, d_right, None
+
+
+def shifted(x, offset):
+    """Row i of the result is row i + offset of x (B, nh, T, hs), zero beyond the ends; |offset| < T."""
+    return F.pad(x, (0, 0, -offset, offset))
+
+
+def score_neighbours(q, k, near, first):
+    """q_i.k_{i+o} / sqrt(hs) + near_io for the offsets o = first, first+1, ...: (B, nh, T, W), -inf beyond the ends."""
+    T = q.size(2)
+    offsets = torch.arange(first, first + near.size(-1), device=q.device)
+    j = torch.arange(T, device=q.device)[:, None] + offsets  # (T, W): the key of each score
+    products = [(q * shifted(k, first + r)).sum(-1) for r in range(near.size(-1))]
+    scores = torch.stack(products, -1) / math.sqrt(q.size(-1)) + near
+    return scores.masked_fill((j < 0) | (j >= T), float('-inf'))
+
+
+def flash(q, k, v, far):
+    """Softmax attention of every query to the keys at least `far` tokens before it, by torch's own flash kernels.
+
+    q, k, v (B, nh, T, hs) -> (B, nh, T, hs), its log-sum-exp (B, nh, T) in nats, and what the backward kernel needs.
+    """
+    q, k, v = channels_last(q[:, :, far:], k[:, :, :-far], v[:, :, :-far])
+    if q.is_cuda:  # output, log-sum-exp, two unused, two lengths, two for dropout's random numbers, a debug mask
+        results = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+        y, lse, rng = results[0], results[1], list(results[6:8])
+    else:
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        rng = []
+    y = F.pad(y, (0, 0, far, 0))  # the first queries have no key that far
+    lse = F.pad(lse, (far, 0), value=float('-inf'))
+    return y, lse, rng
+
+
+def flash_backward(dy, q, k, v, y, lse, far, rng):
+    """Gradients of q, k, v (B, nh, T, hs) through the weights exp(q_i.k_j / sqrt(hs) - lse_i) of flash().
+
+    lse may count more keys than flash() saw: then y is the output over all of them.
+    """
+    dy, q, k, v, y = channels_last(dy[:, :, far:], q[:, :, far:], k[:, :, :-far], v[:, :, :-far], y[:, :, far:])
+    lse = lse[:, :, far:].contiguous()
+    n = q.size(2)
+    if q.is_cuda:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        dq, dk, dv = kernel(dy, q, k, v, y, lse, None, None, n, n, 0.0, True, *rng)
+    else:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq, dk, dv = kernel(dy, q, k, v, y, lse, 0.0, True)
+    return F.pad(dq, (0, 0, far, 0)), F.pad(dk, (0, 0, 0, far)), F.pad(dv, (0, 0, 0, far))
+
+
+def channels_last(*tensors):
+    """The flash kernels read the channels of a token side by side, and do not check that they are."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def with_past(state, name, x, valid, keep):
+    """x (B, T, C), zero at padding, after the rows that the state holds of earlier tokens; and how many those are.
+
+    For decoding: the state keeps the newest `keep` rows, as many as a convolution looks back.
+    """
+    if valid is not None:
+        x = x * valid[..., None]
+    if state is None:
+        return x, 0
+    past = state[name].size(1) if name in state else 0
+    if past:
+        x = torch.cat((state[name], x), 1)  # (B, past + T, C)
+    state[name] = x[:, max(0, x.size(1) - keep):]
+    return x, past

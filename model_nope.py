@@ -4,17 +4,17 @@ No positional embeddings (NoPE): a Transformer that is never told where a token 
 Chi, Fan, Chen, Rudnicky, Ramadge, "Latent Positional Information is in the Self-Attention Variance of Transformer
 Language Models Without Positional Embeddings", ACL 2023. https://arxiv.org/abs/2305.13571
 
-Token m of a causal model attends to m tokens. Near initialisation its attention is almost uniform, so its output is
-a mean of m nearly independent values, and the variance of that mean tells m:
+The causal mask leaks position. Token m attends to m tokens; near initialisation its attention is almost uniform, so
+its output is a mean of m nearly independent values, and the variance of that mean depends on m:
 
     o_m  ~  (W_O W_V / m) sum_{n <= m} x_n          var(o_m)  ~  d^2 sigma^4 / m          (d = n_embd, sigma = init_std)
 
-Nothing in this file mentions a position. Without the causal mask the model is permutation-equivariant: it sees a bag
-of tokens. The theory wants the plain initialisation: scale_residual_init=False, and d sigma^2 kept when d changes.
+Without the causal mask the model is permutation-equivariant: it sees a bag of tokens. The theory assumes the plain
+initialisation, scale_residual_init=False, and a d sigma^2 that stays the same when d changes.
 
-It is also the control of every comparison: the other model files are this text plus their position scheme, and
-`--absolute` turns it into GPT-2 (causal) or BERT (not causal). Departure from the paper: none in the attention.
-Plain form: the explicit loop in test_equivalence.py. Fast form: torch's scaled_dot_product_attention.
+This file is also the control of every comparison: the other model files are this text plus their position scheme.
+With --absolute it is GPT-2 (causal) or BERT (not causal). The attention does not depart from the paper.
+Plain form: explicit loops in test_equivalence.py. Fast form: torch's scaled_dot_product_attention.
 """
 import math
 from dataclasses import dataclass
@@ -36,13 +36,13 @@ class Config:
     causal: bool = True  # False: every token sees every token (masked language model)
     absolute: bool = False  # learned absolute positions added to the embedding: the baseline that every scheme replaces
     init_std: float = 0.02  # standard deviation of the initial Linear and Embedding weights
-    scale_residual_init: bool = True  # GPT-2: residual projections scaled by 1/sqrt(2 n_layer); the variance theory needs it off
+    scale_residual_init: bool = True  # scale the residual projections by 1/sqrt(2 n_layer), as GPT-2 does
 
 
 def visible(T, S, causal=True, valid=None, device=None):
-    """Which of S keys each of the last T tokens sees: bool (T, S), or (B, 1, T, S) where valid (B, S) marks padding False.
+    """Which of S keys each of the last T tokens sees: bool (T, S), or (B, 1, T, S) with padding.
 
-    Padding is seen by nobody but itself, so that no row of the softmax is empty.
+    valid (B, S) bool: False is padding. Only padding itself sees it, so that no row of the softmax is empty.
     """
     i = torch.arange(S - T, S, device=device)[:, None]
     j = torch.arange(S, device=device)
@@ -57,22 +57,27 @@ class Attention(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f'n_embd must be a multiple of n_head, not {config.n_embd} with {config.n_head} heads')
-        self.n_head, self.causal = config.n_head, config.causal
+        self.n_head = config.n_head
+        self.causal = config.causal
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, valid=None, state=None):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, 2))  # (B, nh, T, hs)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, nh, T, hs)
         if state is not None:  # decoding: the keys and values of the past come first
-            k, v, valid = (torch.cat((state[name], t), dim) if name in state else t
-                           for name, t, dim in (('k', k, 2), ('v', v, 2), ('valid', valid, 1)))
+            if 'k' in state:
+                k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)
+                v = torch.cat((state['v'], v), 2)
+                valid = torch.cat((state['valid'], valid), 1)  # (B, S)
             state.update(k=k, v=v, valid=valid)
         if valid is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, nh, T, hs)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible(T, k.size(2), self.causal, valid, x.device))
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+            mask = visible(T, k.size(2), self.causal, valid, x.device)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -126,7 +131,7 @@ class Model(nn.Module):
             nn.init.zeros_(module.bias)
 
     def new_state(self):
-        """An empty memory for decoding: one dict per layer, filled by forward(..., state=...)."""
+        """An empty memory for decoding: a dict per layer, which forward(..., state=...) fills."""
         return [{'seen': 0} for _ in self.h]
 
     def hidden(self, idx, valid=None, state=None):
@@ -140,7 +145,8 @@ class Model(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             if past + T > self.config.block_size:
-                raise ValueError(f'absolute positions end at block_size={self.config.block_size}, got {past + T} tokens')
+                limit = f'block_size={self.config.block_size}'
+                raise ValueError(f'absolute positions end at {limit}, got {past + T} tokens')
             x = x + self.wpe.weight[past:past + T]
         if state is not None:
             if not self.config.causal:
@@ -157,7 +163,7 @@ class Model(nn.Module):
     def forward(self, idx, targets=None, where=None, valid=None, state=None):
         """-> logits (B, T, vocab_size), and the mean cross entropy in nats or None.
 
-        targets (B, T) int64, -1 = not predicted. where (B, M) int64: predict at these places alone (masked language
+        targets (B, T) int64, -1 = not predicted. where (B, M) int64: predict at these places only (masked language
         model); logits are then (B, M, vocab_size) and targets (B, M). idx, valid, state: see hidden().
         """
         x = self.hidden(idx, valid, state)

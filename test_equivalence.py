@@ -5,9 +5,8 @@ A book of proofs: what equals what in this project, checked on random numbers, v
     python test_equivalence.py conv       # the rows about model_conv.py only; --all: every case under its row
     python -m pytest test_equivalence.py  # the same as tests
 
-The left side of each row is the code of a model file. The right side is written here, as loops or explicit matrices,
-and never calls what it checks. Exact claims are in float64. Differences are relative to the largest entry of the right
-side; a row shows the worst of its cases.
+The left side of each row is the code of a model file. The right side is written here, as explicit matrices or sums, and
+never calls what it checks. Exact claims are in float64. Differences are relative to the largest entry of the right side.
 
 Your own model_mine.py, beside this file or in baselines/, is found without an edit: chapter 6 checks what every model
 promises. A wrong formula can keep these promises. To prove yours, write the layer a second time in model_mine.py, as
@@ -15,8 +14,8 @@ plain loops over single queries, and chapter 6 compares the two:
 
     def equation(attention, x):  # your Attention, x (B, T, C) -> (B, T, C)
 
-If your positions are absolute, so that moving a text changes its logits, write RELATIVE = False at the top level of your
-file. Otherwise the rows about moved texts and padding on the left fail.
+If your positions are absolute, so that moving a text changes its logits, write RELATIVE = False at the top level of
+your file. Otherwise the rows about moved texts and padding on the left fail.
 """
 import argparse
 import contextlib
@@ -73,8 +72,13 @@ def proof(chapter, *models):
         @wraps(test)
         def run():
             CASES.clear()
-            with attempt('the test'):
+            try:
                 test()
+            except Exception as error:  # whatever it is, it is a red row, and the book goes on
+                text = f'{type(error).__name__}: {" ".join(str(error).split())}'
+                frames = [frame for frame in traceback.extract_tb(error.__traceback__) if str(HERE) in frame.filename]
+                place = f'{Path(frames[-1].filename).name}, line {frames[-1].lineno}: {text}'
+                CASES.append(Case(place[:75], text, 'inf', 'no crash', math.inf))
             failed = [f'{case.row} [{case.name}]: {case.shown}' for case in CASES if case.badness > 1]
             assert not failed, '\n'.join(failed)
         run.chapter, run.models = chapter, models
@@ -82,44 +86,37 @@ def proof(chapter, *models):
     return mark
 
 
-@contextlib.contextmanager
-def attempt(name):
-    """A crash inside is recorded as a failed case, and the book goes on."""
-    try:
-        yield
-    except Exception as error:  # whatever it is, it belongs in the table
-        text = f'{type(error).__name__}: {" ".join(str(error).split())}'
-        places = [f'{Path(f.filename).name}, line {f.lineno}' for f in traceback.extract_tb(error.__traceback__)]
-        ours = [place for place in places if place.startswith(('model_', 'test_equivalence'))]
-        CASES.append(Case(f'{name}: {text}'[:74], f'{ours[-1]}: {text}', 'inf', 'no crash', math.inf))
-
-
-def relative_difference(a, b, least):
-    """Largest |a - b| over the largest |b|, or over `least` if that is larger; nan where shapes differ or a is not finite."""
+def difference(a, b, least):
+    """Largest |a - b| over the largest |b|, or over `least` if larger; nan where shapes differ or a is not finite."""
     if a.shape != b.shape:
         return math.nan
-    difference = ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=least)).item()
-    return difference if math.isfinite(difference) else math.nan
+    ratio = ((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=least)).item()
+    return ratio if math.isfinite(ratio) else math.nan
 
 
 def check(row, case, ours, reference, tolerance=1e-12, least=1e-30):
     """Record how far two tensors, or lists of tensors, differ; least=1 where true gradients may be 0."""
     pairs = zip(ours, reference, strict=True) if isinstance(ours, list) else [(ours, reference)]
-    differences = [relative_difference(a, b, least) for a, b in pairs]
-    worst = max(differences, key=lambda x: math.inf if math.isnan(x) else x)
-    badness = math.inf if math.isnan(worst) else worst / max(tolerance, 1e-99)
-    CASES.append(Case(row, case, f'{worst:.1e}', f'{tolerance:.0e}' if tolerance else 'equal', badness))
+    for a, b in pairs:
+        ratio = difference(a, b, least)
+        badness = math.inf if math.isnan(ratio) else ratio / max(tolerance, 1e-99)
+        CASES.append(Case(row, case, f'{ratio:.1e}', f'{tolerance:.0e}', badness))
 
 
-def check_more(row, case, a, b=0.0, least=1e-3):
-    """Record that a is larger than b by at least `least`; tensors count by how far they differ anywhere."""
-    difference = (a - b).abs().max().item() if isinstance(b, torch.Tensor) else a - b
-    CASES.append(Case(row, case, f'{difference:.1e}', f'> {least:.0e}', 0.0 if difference > least else math.inf))
+def compare(row, case, ours, reference, inputs, tolerance=1e-12, least=1e-30, **known):
+    """Record how far two functions differ in value and in the gradient of every input; both get the `known` arguments."""
+    check(row, case, with_gradients(partial(ours, **known), inputs), with_gradients(partial(reference, **known), inputs),
+          tolerance, least)
 
 
 def check_true(row, case, condition):
     """Record whether something holds."""
     CASES.append(Case(row, case, 'yes' if condition else 'no', 'yes', 0.0 if condition else math.inf))
+
+
+def apart(a, b):
+    """Whether two tensors differ: the control without which equality would mean nothing."""
+    return (a - b).abs().max() > 1e-3
 
 
 def remark(text):

@@ -5,8 +5,8 @@ A book of proofs: what equals what in this project, checked on random numbers, v
     python test_equivalence.py conv       # the rows about model_conv.py only; --all: every case under its row
     python -m pytest test_equivalence.py  # the same as tests
 
-The left side of each row is the code of a model file. The right side is written here, as explicit matrices or sums, and
-never calls what it checks. Exact claims are in float64. Differences are relative to the largest entry of the right side.
+The left side of each row is the code of a model file. The right side is written here, as explicit matrices or sums,
+and never calls what it checks. Exact claims are in float64. A difference is relative to the right side's largest entry.
 
 Your own model_mine.py, beside this file or in baselines/, is found without an edit: chapter 6 checks what every model
 promises. A wrong formula can keep these promises. To prove yours, write the layer a second time in model_mine.py, as
@@ -19,11 +19,11 @@ your file. Otherwise the rows about moved texts and padding on the left fail.
 """
 import argparse
 import contextlib
-import importlib.util
 import math
 import sys
 import traceback
-from functools import cache, partial, wraps
+from functools import partial, wraps
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -46,9 +46,9 @@ CHAPTERS = {
     7: 'The same on a GPU',
 }
 HERE = Path(__file__).resolve().parent
-OURS = {'composite': composite, 'conv': conv, 'kernelized': kernelized, 'nope': nope}
+sys.path.append(str(HERE / 'baselines'))
 SIDES = ((True, 'causal'), (False, 'both sides'))
-# the sizes of most cases: batch, heads, tokens, channels of a head, reach of a kernel; T is odd and larger than a kernel
+# sizes of most cases: batch, heads, tokens (odd, more than a kernel reaches), channels of a head, reach of a kernel
 B, H, T, D, K = 2, 3, 11, 4, 2
 WIDTH = 2 * K + 1  # entries of a kernel
 
@@ -104,9 +104,9 @@ def check(row, case, ours, reference, tolerance=1e-12, least=1e-30):
 
 
 def compare(row, case, ours, reference, inputs, tolerance=1e-12, least=1e-30, **known):
-    """Record how far two functions differ in value and in the gradient of every input; both get the `known` arguments."""
-    check(row, case, with_gradients(partial(ours, **known), inputs), with_gradients(partial(reference, **known), inputs),
-          tolerance, least)
+    """Record how far two functions differ in value and in the gradient of every input; both get what is `known`."""
+    ours, reference = partial(ours, **known), partial(reference, **known)
+    check(row, case, with_gradients(ours, inputs), with_gradients(reference, inputs), tolerance, least)
 
 
 def check_true(row, case, condition):
@@ -126,9 +126,9 @@ def remark(text):
 
 # ------------------------------------------------------------------------------------------- models and random numbers
 
-# {name: path} of every model file; one beside this file wins over one in baselines/
-FILES = {path.stem[6:]: path for folder in ('baselines', '.') for path in sorted(HERE.glob(f'{folder}/model_*.py'))}
-CHOSEN = list(FILES)  # the names that are checked: the command line may choose
+FILES = [path.stem.removeprefix('model_') for path in (*HERE.glob('model_*.py'), *HERE.glob('baselines/model_*.py'))]
+FILES = sorted(set(FILES))  # names of all model files; one beside this file wins over one in baselines/
+CHOSEN = list(FILES)  # those that are checked: the command line may choose
 VARIANTS = {  # of our own files, at small sizes; any other file runs with its defaults
     'nope': ('nope', dict()),
     'absolute': ('nope', dict(absolute=True)),
@@ -142,17 +142,7 @@ VARIANTS = {  # of our own files, at small sizes; any other file runs with its d
     'kernelized, chunked': ('kernelized', dict(max_distance=3, n_features=8, attention='chunked', feature_map='orf')),
     'kernelized, plain features': ('kernelized', dict(normalize=False, rpe=False, n_features=8)),
 }
-
-
-@cache
-def load(name):
-    """The module of a model file."""
-    if name in OURS:
-        return OURS[name]
-    spec = importlib.util.spec_from_file_location(f'model_{name}', FILES[name])
-    sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
-    spec.loader.exec_module(sys.modules[spec.name])
-    return sys.modules[spec.name]
+OURS = {file for file, _ in VARIANTS.values()}
 
 
 def chosen(*modules):
@@ -172,10 +162,12 @@ def make(module, **fields):
 
 def schemes(**fields):
     """(name, whether moving a text moves its logits, model, tokens) of every scheme that is checked."""
-    for name, (file, own) in {**VARIANTS, **{file: (file, {}) for file in FILES if file not in OURS}}.items():
+    others = {name: (name, {}) for name in CHOSEN if name not in OURS}
+    for name, (file, own) in {**VARIANTS, **others}.items():
         if file in CHOSEN:
-            relative = getattr(load(file), 'RELATIVE', True) and name != 'absolute'
-            yield name, relative, *make(load(file), **own, **fields)
+            module = import_module(f'model_{file}')
+            relative = getattr(module, 'RELATIVE', True) and name != 'absolute'
+            yield name, relative, *make(module, **own, **fields)
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -195,7 +187,7 @@ def with_gradients(f, inputs, parameters=()):
 
 
 def check_layer(row, case, module, equation, tolerance=1e-11, **fields):
-    """The Attention of a module = equation(attention, x), causal and on both sides, with the gradient of every parameter."""
+    """The Attention of a module = equation(attention, x), causal and on both sides, and every parameter's gradient."""
     for causal, side in SIDES:
         model, _ = make(module, causal=causal, n_layer=1, n_head=H, n_embd=H * D, **fields)
         attention, x = model.h[0].attn, random(B, T, H * D)
@@ -218,7 +210,7 @@ def check_forms(module, forms, tokens, tolerance, **fields):
         dense = results(model, 'dense')
         for form in forms:
             case = f'{module.__name__}, {side}'
-            check(f'whole model, attention={form!r} = attention=dense', case, results(model, form), dense, tolerance)
+            check(f"whole model, attention={form!r} = 'dense'", case, results(model, form), dense, tolerance)
 
 
 # ------------------------------------------------------------------- chapter 1: relative positions are convolutions
@@ -263,7 +255,7 @@ def output(attention, y):
 
 @proof(1, 'composite')
 def test_shaw_and_t5_are_convolutions():
-    """Shaw's embedding of an offset is a kernel that the query makes (equation 5), T5's bias a fixed kernel (equation 4)."""
+    """Shaw's embedding of an offset is a kernel made by the query (equation 5), T5's bias is a fixed one (equation 4)."""
     def shaw(attention, x):
         q, k, v = projections(attention, x)
         keys = k[:, :, None] + attention.dynamic[clipped(T)]  # (B, nh, T, T, hs): the keys as each query sees them
@@ -302,7 +294,7 @@ def test_limits_of_composite_attention():
         def zero_kernels(q, k, v):
             return composite.attend_dense(q, k, v, zero, causal)
         plain = partial(F.scaled_dot_product_attention, is_causal=causal)
-        compare('composite attention with zero kernels = scaled_dot_product_attention', side, zero_kernels, plain, random_qkv())
+        compare('attention with zero kernels = scaled_dot_product_attention', side, zero_kernels, plain, random_qkv())
     beta, v = random(H, WIDTH).detach(), random(B, H, T, D).detach()
     window = torch.full((1, H, T, WIDTH), -1e9).double()  # both ends shut: they stand for all farther tokens
     window[..., 1:-1] = beta[:, None, 1:-1]
@@ -338,14 +330,14 @@ def explicit(q, k, v, kernel_scores, causal):
 
 def kernel_cases():
     """(how large the biases are, which case, [q, k, v, kernel_scores])."""
-    for n, k, batch in product((1, 2, 8, 9, 10, 17, 67, 301), (0, 1, 2, 8), (1, B)):  # kernels for all texts, or each
-        inputs = [*random_qkv(n), random(batch, H, n, 2 * k + 1, scale=3)]
-        yield 'biases of some nats', f'{n} tokens, kernel of {2 * k + 1}, batch of {batch}', inputs
     for size in (300.0, -300.0):
         yield 'biases of hundreds of nats', f'scale {size:+.0f}', [*random_qkv(), random(B, H, T, WIDTH, scale=size)]
     for end in (500, -500):  # all the weight at one end
         slope = torch.linspace(-end, end, WIDTH).double().repeat(1, H, T, 1)
         yield 'biases from -500 to 500 nats', f'slope {end:+d}', [*random_qkv(), slope.requires_grad_()]
+    for n, k, batch in product((1, 2, 8, 9, 10, 17, 67, 301), (0, 1, 2, 8), (1, B)):  # kernels for all texts, or each
+        inputs = [*random_qkv(n), random(batch, H, n, 2 * k + 1, scale=3)]
+        yield 'biases of some nats', f'{n} tokens, kernel of {2 * k + 1}, batch of {batch}', inputs
 
 
 @proof(2, 'composite', 'conv')
@@ -409,13 +401,13 @@ def lightweight(x, w, causal):
 
 
 def dynamic(x, w, causal):
-    """x (B, nh, T, hs), w (B, nh, T, width): each token has its own kernel, and takes its row of that kernel's matrix."""
+    """x (B, nh, T, hs), w (B, nh, T, width): a kernel for each token, which takes its row of the kernel's matrix."""
     return torch.einsum('bhiij,bhjd->bhid', banded(w, x.size(2), causal), x)
 
 
 @proof(3, 'conv')
 def test_convolutions_are_banded_toeplitz_matrices():
-    """A convolution is a banded Toeplitz matrix, one per channel, head, or head and token (equations 2, 3; Wu et al.)."""
+    """A convolution is a banded Toeplitz matrix, per channel, head, or head and token (equations 2, 3; Wu et al.)."""
     per_channel = ('depthwise convolution = a banded matrix per channel', conv.depthwise_conv, depthwise)
     per_head = ('lightweight convolution = a banded matrix per head', conv.lightweight_conv, lightweight)
     per_token = ('dynamic convolution = a banded row per token', conv.dynamic_conv, dynamic)
@@ -528,8 +520,8 @@ def test_dense_fft_and_chunked_are_equation_10():
             compare('FFT = equation 10', case, kernelized.attend_fft_plain, equation_10, inputs, 1e-10, least=1,
                     causal=causal)
         for chunk in (1, 2, 4, 7, 23, 64):
-            compare('chunked = equation 10', f'{case}, chunks of {chunk}', partial(kernelized.attend_chunked, chunk=chunk),
-                    equation_10, inputs, 1e-11, **known)
+            chunked = partial(kernelized.attend_chunked, chunk=chunk)
+            compare('chunked = equation 10', f'{case}, chunks of {chunk}', chunked, equation_10, inputs, 1e-11, **known)
 
 
 @proof(4, 'kernelized')
@@ -548,7 +540,7 @@ def test_running_state_is_equation_10():
 
 @proof(4, 'kernelized')
 def test_kernelized_layer_is_its_equations():
-    """The layer is Algorithm 1: queries and keys over their norm, random features, equation 10; each part can be off."""
+    """The layer is Algorithm 1: queries and keys over their norm, random features, equation 10; each can be off."""
     def phi(attention, x):
         x = x / x.norm(dim=-1, keepdim=True) if attention.normalize else x / D ** 0.25
         square, m = x.pow(2).sum(-1), attention.w.size(0)
@@ -603,7 +595,7 @@ def test_random_features_are_unbiased():
 
 @proof(4, 'kernelized')
 def test_error_of_the_features():
-    """The error grows with the norm of queries and keys and falls with more features (Theorem 3), towards the softmax."""
+    """The error grows with the norm of queries and keys and falls with more features (Theorem 3)."""
     def error(size, m):
         """Mean L1 distance of one row of attention over 64 keys from the softmax."""
         q, k = (F.normalize(random(64, 32, seed=seed).detach(), dim=1) * size for seed in (3, 4))
@@ -648,8 +640,9 @@ def test_kernelized_extremes():
         attention = make(kernelized, n_layer=1, normalize=normalize, max_distance=3)[0].float().h[0].attn
         y = attention(size * torch.randn(2, n, 16, generator=torch.Generator().manual_seed(0)))
         gradients = torch.autograd.grad(y.sum(), list(attention.parameters()))
-        check_true('the layer and its gradients in float32 are finite', f'normalize={normalize}, size {size}, {n} tokens',
-                   all(x.isfinite().all() for x in (y, *gradients)))
+        finite = all(x.isfinite().all() for x in (y, *gradients))
+        case = f'normalize={normalize}, size {size}, {n} tokens'
+        check_true('the layer and its gradients in float32 are finite', case, finite)
 
 
 @proof(4, 'kernelized')
@@ -663,7 +656,8 @@ def test_forms_of_the_kernelized_model_agree():
             whole = model(idx)[0].float()  # 700 tokens: the chunked form
             parts = torch.cat([model(token, state=state)[0] for token in idx.split(1, 1)], 1).float()
         check('bfloat16: 700 tokens from a state = all at once', case, parts, whole, 0.05)
-        check_true('its running sums are float32', case, state[0]['kv'].dtype == state[0]['k_sum'].dtype == torch.float32)
+        types = {state[0]['kv'].dtype, state[0]['k_sum'].dtype}
+        check_true('its running sums are float32', case, types == {torch.float32})
 
 
 # ------------------------------------------------------------------------------------------- chapter 5: no positions
@@ -686,7 +680,7 @@ def test_uniform_causal_attention_has_variance_1_over_m():
 
 @proof(5, 'nope')
 def test_nope_is_plain_attention():
-    """The layer is softmax attention. Without the causal mask its tokens are a bag; the mask alone tells their order."""
+    """The layer is softmax attention. Without the causal mask its tokens are a bag; only the mask tells their order."""
     def plain(attention, x):
         q, k, v = projections(attention, x)
         return output(attention, softmax(equation_6(q, k), v, attention.causal))
@@ -722,7 +716,8 @@ def test_later_tokens_change_nothing_before_them():
         check('gradient of an output for later inputs = 0', name, leak, torch.zeros_like(leak), 0)
     if 'kernelized' in CHOSEN:
         model, idx = make(kernelized, max_distance=4, n_features=8, attention='fft')
-        check('by FFT: the same but for its rounding', 'kernelized', changed_at_13(model, idx)[:, :13], model(idx)[0][:, :13])
+        logits, changed = model(idx)[0], changed_at_13(model, idx)
+        check('by FFT: the same except for rounding', 'kernelized', changed[:, :13], logits[:, :13])
 
 
 @proof(6)
@@ -811,7 +806,7 @@ def test_equation_of_its_own():
     if not others:
         remark('no other model file is checked; the top of test_equivalence.py says how to add yours')
     for name in others:
-        module = load(name)
+        module = import_module(f'model_{name}')
         if hasattr(module, 'equation'):
             row = f'Attention of model_{name}.py = its equation(attention, x)'
             check_layer(row, 'the defaults', module, module.equation, 1e-9)
@@ -836,10 +831,10 @@ def test_models_on_a_gpu():
                 torch._dynamo.reset()  # or it reaches its limit of recompilations and runs eager
                 hidden = torch.compile(model.hidden) if form == 'compiled' else model.hidden
                 with torch.no_grad(), torch.autocast('cuda', torch.bfloat16):
-                    padded = hidden(idx.cuda(), mask.cuda()).cpu()[mask]
-                    check(f'bfloat16 {form} on the GPU = float64 on the CPU', f'{name}, {side}, padded', padded, exact, 0.1)
-                    ours = hidden(idx.cuda()).cpu()
-                    check(f'bfloat16 {form} on the GPU = float64 on the CPU', f'{name}, {side}', ours, plain, 0.1)
+                    padded, ours = hidden(idx.cuda(), mask.cuda()).cpu()[mask], hidden(idx.cuda()).cpu()
+                row, case = f'bfloat16 {form} on the GPU = float64 on the CPU', f'{name}, {side}'
+                check(row, f'{case}, padded', padded, exact, 0.1)
+                check(row, case, ours, plain, 0.1)
 
 
 @proof(7, 'composite', 'kernelized')
@@ -850,7 +845,7 @@ def test_fast_forms_on_a_gpu():
     for (causal, side), (n, reach) in product(SIDES, ((1, 3), (200, 300), (1031, 7))):
         inputs = [x.detach().float().cuda().requires_grad_() for x in kernelized_inputs(n, reach)]
         for form in (kernelized.attend_fft, kernelized.attend_chunked):
-            compare(f'{form.__name__} of model_kernelized.py = dense, float32', f'{side}, {n} tokens, reach of b {reach}',
+            compare(f'{form.__name__} in float32 = dense', f'{side}, {n} tokens, reach of b {reach}',
                     form, kernelized.attend_dense, inputs, 1e-2, least=1, causal=causal)
     for (causal, side), n in product(SIDES, (1, 8, 9, 200, 1031)):
         torch._dynamo.reset()
@@ -868,21 +863,24 @@ def test_fast_forms_on_a_gpu():
 # ------------------------------------------------------------------------------------------------------- the book
 
 def print_rows(show_all):
-    """A line for each row of CASES with the worst of its cases, below it the failed ones or all -> rows, rows failed."""
+    """A line for each row of CASES with its worst case, below it the failed cases or all -> rows, rows failed."""
     rows, failed = {}, 0
     for case in CASES:
         rows.setdefault(case.row, []).append(case)
     for row, cases in rows.items():
         worst = max(cases, key=lambda case: case.badness)
-        if not worst.shown:
-            print(f'  {row}')
-            continue
-        verdict = 'PASS' if worst.badness <= 1 else 'FAIL'
-        failed += worst.badness > 1
-        print(f'  {row:75s} {len(cases):6d} {worst.shown:>9s} {worst.limit:>9s}  {verdict}')
-        for case in cases if show_all else [case for case in cases if case.badness > 1][:5]:
-            print(f'      {case.name[:78]:78s} {case.shown:>9s} {case.limit:>9s}  {"failed" if case.badness > 1 else ""}')
-    return len(rows), failed
+        if worst.shown:
+            failed += worst.badness > 1
+            verdict = 'FAIL' if worst.badness > 1 else 'PASS'
+            print(f'  {row:75s} {len(cases):6d} {worst.shown:>9s} {worst.limit:>9s}  {verdict}')
+        else:
+            print(f'  {row}')  # a remark
+        for case in cases:
+            if case.badness > 1:
+                print(f'      failed: {case.name[:70]:70s} {case.shown:>9s} {case.limit:>9s}')
+            elif show_all and case.shown:
+                print(f'      {case.name[:78]:78s} {case.shown:>9s} {case.limit:>9s}')
+    return sum(bool(cases[0].shown) for cases in rows.values()), failed
 
 
 def main():

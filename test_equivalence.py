@@ -166,7 +166,7 @@ def schemes(**fields):
     for name, (file, own) in {**VARIANTS, **others}.items():
         if file in CHOSEN:
             module = import_module(f'model_{file}')
-            relative = getattr(module, 'RELATIVE', True) and name != 'absolute'
+            relative = getattr(module, 'RELATIVE', True) and not own.get('absolute', False)
             yield name, relative, *make(module, **own, **fields)
 
 
@@ -255,7 +255,7 @@ def output(attention, y):
 
 @proof(1, 'composite')
 def test_shaw_and_t5_are_convolutions():
-    """Shaw's embedding of an offset is a kernel made by the query (equation 5), T5's bias is a fixed one (equation 4)."""
+    """Shaw's embedding of an offset is a kernel made by the query (equation 5), T5's bias a fixed one (equation 4)."""
     def shaw(attention, x):
         q, k, v = projections(attention, x)
         keys = k[:, :, None] + attention.dynamic[clipped(T)]  # (B, nh, T, T, hs): the keys as each query sees them
@@ -499,10 +499,11 @@ def decode(q, k, v, b, valid, pieces):
 
 @proof(4, 'kernelized')
 def test_dense_fft_and_chunked_are_equation_10():
-    """A Toeplitz matrix times a vector costs O(T log T) by FFT (section 3.2), O(T) in chunks: both are equation 10."""
+    """Equation 10 takes O(T log T) by FFT, as a Toeplitz matrix is a convolution (section 3.2), and O(T) in chunks."""
     def sums(c, x):
         n = x.size(-1)
         return torch.stack([sum(c[:, j - i + n - 1] * x[:, :, j] for j in range(n)) for i in range(n)], -1)
+
     def product_by_hand(c, x):  # with a backward pass of its own
         return kernelized.CirculantProduct.apply(kernelized.circulant_column(c), x)
     for n, form in product((1, 2, 5, 16, 31), (kernelized.toeplitz_fft, product_by_hand)):
@@ -636,13 +637,14 @@ def test_kernelized_extremes():
         if causal and valid is None:
             y, _ = decode(q, k, v, b, torch.ones(B, n).bool(), [1] * n)
             check('running state in float32 = equation 10 in float64', case, y, exact[0], 2e-4, least=1)
-    for normalize, size, n in product((True, False), (0.0, 1e-8, *range(1, 26), 1000.0), (1, 9)):
+    for normalize in (True, False):
         attention = make(kernelized, n_layer=1, normalize=normalize, max_distance=3)[0].float().h[0].attn
-        y = attention(size * torch.randn(2, n, 16, generator=torch.Generator().manual_seed(0)))
-        gradients = torch.autograd.grad(y.sum(), list(attention.parameters()))
-        finite = all(x.isfinite().all() for x in (y, *gradients))
-        case = f'normalize={normalize}, size {size}, {n} tokens'
-        check_true('the layer and its gradients in float32 are finite', case, finite)
+        for size, n in product((0.0, 1e-8, *range(1, 26), 1000.0), (1, 9)):
+            y = attention(size * torch.randn(2, n, 16, generator=torch.Generator().manual_seed(0)))
+            gradients = torch.autograd.grad(y.sum(), list(attention.parameters()))
+            case = f'normalize={normalize}, inputs of size {size}, {n} tokens'
+            check_true('the layer and its gradients in float32 are finite', case,
+                       all(x.isfinite().all() for x in (y, *gradients)))
 
 
 @proof(4, 'kernelized')

@@ -1,40 +1,89 @@
-"""Shared by the tests: the repository, a small prepared data set, and commands run as a user runs them."""
+"""Shared by the tests: a small prepared data set, scripts run as a user runs them, and small runs trained once for all."""
+import contextlib
+import io
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-torch.set_num_threads(1)  # many small tests: a second thread gains nothing, and spins for minutes where other work holds its core
+os.environ.update(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', MPLBACKEND='Agg')
+import torch  # noqa: E402
+
+torch.set_num_threads(1)  # many small tests: a second thread gains nothing, and waits long where other work holds its core
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
+sys.path[:0] = [str(REPO), str(REPO / 'experiments')]
 CORPORA = Path(os.environ.get('CORPORA', REPO.parent / 'shared' / 'data'))  # real texts; tests that want them skip without
-MODELS = sorted(p.stem[6:] for p in REPO.glob('model_*.py'))
+MODELS = ['nope', 'composite', 'conv', 'kernelized']
 # a model that trains in a second
 TINY = '--n_layer 2 --n_embd 32 --n_head 2 --block_size 32 --batch_size 8 --eval_tokens 2048 --device cpu'.split()
 
 
 class Run:
-    """Start a script of the repository in a folder; what it printed is in .out and .err."""
+    """Runs scripts of the repository in a folder; what the last one printed is in .out and .err.
+
+    run('train.py', ...) runs the script in this process, as `python train.py ...` would: its __main__ part, arguments,
+    exit code and output. Importing torch again for each of some hundred runs would take minutes. run.process(...) does
+    start a process, and run.start(...) leaves it running: for signals, kills and torchrun.
+    """
 
     def __init__(self, folder):
         self.folder = folder
 
-    def start(self, *words, **env):
-        words = [str(w) for w in words]
-        launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', *words[1:]] if words[0] == 'torchrun' else [sys.executable, *words]
-        script = next(i for i, w in enumerate(launcher) if w.endswith('.py'))
-        launcher[script] = str(REPO / launcher[script])
-        return subprocess.Popen(launcher, cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                stdin=subprocess.DEVNULL, env={**os.environ, 'PYTHONUNBUFFERED': '1', 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', **env})
-
     def __call__(self, *words, code=0, **env):
+        script, *arguments = [str(w) for w in words]
+        self.out, self.err, found = run_here(REPO / script, arguments, self.folder, env)
+        return self.check(found, code, words)
+
+    def process(self, *words, code=0, **env):
         process = self.start(*words, **env)
         self.out, self.err = process.communicate(timeout=300)
-        assert process.returncode == code, f'exit {process.returncode}, not {code}: {words}\n{self.out[-3000:]}\n{self.err[-3000:]}'
+        return self.check(process.returncode, code, words)
+
+    def start(self, *words, **env):
+        words = [str(w) for w in words]
+        launcher = [sys.executable]
+        if words[0] == 'torchrun':
+            launcher += ['-m', 'torch.distributed.run', '--standalone']
+            words = words[1:]
+        script = next(i for i, w in enumerate(words) if w.endswith('.py'))
+        words[script] = str(REPO / words[script])
+        env = {**os.environ, 'PYTHONUNBUFFERED': '1', **env}
+        pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen([*launcher, *words], cwd=self.folder, env=env, text=True, **pipes)
+
+    def check(self, found, code, words):
+        assert found == code, f'exit {found}, not {code}: {words}\n{self.out[-3000:]}\n{self.err[-3000:]}'
         return self
+
+
+def run_here(script, arguments, folder, env):
+    """Run a script in this process -> what it printed, what it printed on stderr, its exit code. All else stays as it was."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8') for _ in range(2))
+    old_argv, old_folder, old_env = sys.argv, os.getcwd(), dict(os.environ)
+    old_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = [str(script), *arguments]
+    os.environ.update(env)
+    os.chdir(folder)
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(script), run_name='__main__')
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        os.chdir(old_folder)
+        sys.argv = old_argv
+        for name in set(os.environ) - set(old_env):
+            del os.environ[name]
+        os.environ.update(old_env)
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)
+    out.seek(0), err.seek(0)
+    return out.read(), err.read(), code
 
 
 @pytest.fixture(scope='session')
@@ -42,13 +91,28 @@ def data_dir(tmp_path_factory):
     """data/code: 1 MB of the standard library's modules as bytes."""
     import prepare_data
     folder = tmp_path_factory.mktemp('corpus')
-    names = 'argparse ast bdb calendar cgitb configparser csv dataclasses datetime difflib doctest enum fractions ftplib functools inspect ' \
-            'ipaddress locale mailbox optparse os pathlib pdb pickle platform pydoc random shutil smtplib ssl statistics subprocess tarfile ' \
-            'tempfile textwrap threading tokenize traceback turtle typing uuid zipfile'.split()
-    files = [Path(os.__file__).with_name(f'{name}.py') for name in names]
-    (folder / 'code.txt').write_text(''.join(p.read_text(encoding='utf-8') for p in files if p.exists()), encoding='utf-8')
+    files = [p for p in sorted(Path(os.__file__).parent.glob('*.py')) if p.stat().st_size > 20000][:40]
+    (folder / 'code.txt').write_text(''.join(p.read_text(encoding='utf-8') for p in files), encoding='utf-8')
     prepare_data.prepare('code', path=folder / 'code.txt', data_dir=folder / 'data')
     return folder / 'data'
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory, data_dir):
+    """trained(model, objective, ...) -> Run of 60 steps, trained once for all tests: .folder, .out_dir, .out, .err."""
+    folder, runs = tmp_path_factory.mktemp('trained'), {}
+    schedule = '--max_iters 60 --warmup_iters 10 --learning_rate 5e-3 --eval_interval 30 --eval_tokens 20480'.split()
+
+    def train(model, objective='causal', *words):
+        key = model, objective, *words
+        if key not in runs:
+            run = Run(folder)
+            run.out_dir = folder / 'out' / '-'.join(key).replace('---', '-')
+            run('train.py', '--model', model, '--objective', objective, '--data_dir', data_dir, '--dataset', 'code',
+                *TINY, *schedule, *words, '--out_dir', run.out_dir)
+            runs[key] = run
+        return runs[key]
+    return train
 
 
 @pytest.fixture
@@ -58,9 +122,15 @@ def run(tmp_path):
 
 @pytest.fixture
 def train(tmp_path, data_dir):
-    """train(...) -> Run: train.py on the small data set with a small model."""
+    """train.train(...) runs train.py on the small data set with a small model, train.start_train(...) in a process."""
     run = Run(tmp_path)
     run.words = ['--data_dir', data_dir, '--dataset', 'code', *TINY]
-    run.train = lambda *words, **kw: run('train.py', *run.words, *words, **kw)
-    run.start_train = lambda *words, **kw: run.start('train.py', *run.words, *words, **kw)
+
+    def train(*words, **kw):
+        return run('train.py', *run.words, *words, **kw)
+
+    def start_train(*words, **kw):
+        return run.start('train.py', *run.words, *words, **kw)
+    run.train = train
+    run.start_train = start_train
     return run

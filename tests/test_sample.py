@@ -1,21 +1,29 @@
 """sample.py as users run it, on runs that train.py made."""
 import json
 import math
+import os
 import re
-import signal
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import prepare_data
 import sample
 from conftest import CORPORA, MODELS, TINY, Run
+
+needs_tokens = pytest.mark.skipif(not (CORPORA / 'tiktoken_cache').is_dir(),
+                                  reason=f'no tiktoken cache in {CORPORA} (set CORPORA)')
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory, data_dir):
     """A folder with a short run of each model and objective, and one with absolute positions."""
     run = Run(tmp_path_factory.mktemp('sample'))
-    words = ['--data_dir', data_dir, '--dataset', 'code', *TINY, '--max_iters', 40, '--warmup_iters', 5, '--learning_rate', 5e-3, '--eval_interval', 40]
+    words = ['--data_dir', data_dir, '--dataset', 'code', *TINY, '--max_iters', 40, '--warmup_iters', 5,
+             '--learning_rate', 5e-3, '--eval_interval', 40]
     for name in MODELS:
         for objective in ('causal', 'masked'):
             run('train.py', '--model', name, '--objective', objective, *words)
@@ -23,33 +31,68 @@ def runs(tmp_path_factory, data_dir):
     return run
 
 
+@pytest.fixture
+def main(runs, monkeypatch, capsys):
+    """main('--prompt', ...) -> what sample.py prints, in this process; code=2: its exit."""
+    monkeypatch.chdir(runs.folder)
+
+    def call(*words, code=None):
+        monkeypatch.setattr(sys, 'argv', ['sample.py', *map(str, words)])
+        if code is None:
+            sample.main()
+        else:
+            with pytest.raises(SystemExit) as stop:
+                sample.main()
+            assert stop.value.code == code
+        return capsys.readouterr()
+    return call
+
+
 @pytest.mark.parametrize('name', MODELS)
-def test_causal_continues_the_prompt(runs, name):
-    words = ['--out_dir', f'out/{name}-causal-code', '--prompt', 'def grüße(', '--max_new_tokens', 100, '--device', 'cpu']
-    text = runs('sample.py', *words).out
-    assert text.startswith('def grüße(') and 60 < len(text) <= 111 and len(runs.err.splitlines()) == 1 and 'step 40' in runs.err
-    assert runs('sample.py', *words).out == text, 'the same seed writes the same text'
-    assert runs('sample.py', *words, '--seed', 2).out != text
-    two = runs('sample.py', *words, '--num_samples', 2).out
-    assert two.startswith(text) and two.count('def grüße(') >= 2 and len(set(two.split('-' * 40 + '\n'))) == 2
-    assert runs('sample.py', *words, '--temperature', '1e-50').out == runs('sample.py', *words, '--temperature', 0).out
-    greedy = runs('sample.py', *words, '--temperature', 0).out
-    assert greedy == runs('sample.py', *words, '--top_k', 1, '--seed', 9).out, 'the likeliest token is the only one of top 1'
-    assert len(runs('sample.py', *words, '--context', 0).out) > 60
+def test_causal_continues_the_prompt(main, name):
+    words = ['--out_dir', f'out/{name}-causal-code', '--prompt', 'def grüße(', '--max_new_tokens', 100]
+    text, err = main(*words)
+    assert text.startswith('def grüße(') and 60 < len(text) <= 111
+    assert len(err.splitlines()) == 1 and 'step 40' in err
+    assert main(*words).out == text, 'the same seed writes the same text'
+    assert main(*words, '--seed', 2).out != text
+    assert len(main(*words, '--context', 0).out) > 60
+
+
+def test_options_of_drawing(main):
+    words = ['--out_dir', 'out/nope-causal-code', '--prompt', 'def grüße(', '--max_new_tokens', 100]
+    text = main(*words).out
+    two = main(*words, '--num_samples', 2).out
+    first, second = two.split('-' * 40 + '\n')
+    assert first == text != second and second.startswith('def grüße(')
+    greedy = main(*words, '--temperature', 0).out
+    assert greedy != text and main(*words, '--temperature', '1e-50').out == greedy
+    assert main(*words, '--top_k', 1, '--seed', 9).out == greedy, 'the likeliest token is the only one of top 1'
+
+
+def test_top_k_draws_from_k_ids():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.linspace(0, 1, 20)[torch.randperm(20, generator=generator)]
+    for k in (1, 3, 50):
+        drawn = {sample.draw(logits, 1.0, k, generator) for _ in range(400)}
+        assert drawn == set(logits.topk(min(k, 20)).indices.tolist())
 
 
 @pytest.mark.parametrize('name', MODELS)
 def test_drawn_from_the_state_is_drawn_from_the_text(runs, name):
     """Ids drawn from the running state = ids drawn by feeding the whole text anew, across the edge of the context."""
-    model, checkpoint = sample.load_run(runs.folder / f'out/{name}-causal-code', 'best', 'cpu')
+    model, checkpoint = sample.load_run(runs.folder / f'out/{name}-causal-code')
+    assert checkpoint['settings']['model'] == name and not model.training
     torch.manual_seed(0)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)  # the short training has not taught it to look back; this model does
-    for context, ids in ((0, list(b'import ')), (16, list(b'import ')), (16, list(b'from __future__ import'))):
-        ids, cut = list(ids), ids[-context:]  # what is longer than the context is cut to it
+    for context, prompt in ((0, b'import '), (16, b'import '), (16, b'from __future__ import')):
+        ids = list(prompt)
         drawn = sample.continuation(model, ids, 256, context, 1.0, 0, torch.Generator().manual_seed(5))
         drawn = [next(drawn) for _ in range(30)]
-        text, fed, generator = list(ids), len(cut), torch.Generator().manual_seed(5)  # fed: how many tokens the state holds
+        text = list(ids)
+        fed = min(len(ids), context) if context else len(ids)  # tokens that the state holds; a long prompt is cut
+        generator = torch.Generator().manual_seed(5)
         for _ in range(30):
             if context and fed > context:
                 fed = context // 2
@@ -60,37 +103,44 @@ def test_drawn_from_the_state_is_drawn_from_the_text(runs, name):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_masked_fills_the_gaps(runs, name):
-    out = runs('sample.py', '--out_dir', f'out/{name}-masked-code', '--prompt', 'd[MASK]f f(self[MASK]:').out.splitlines()
+def test_masked_fills_the_gaps(main, name):
+    out = main('--out_dir', f'out/{name}-masked-code', '--prompt', 'd[MASK]f f(self[MASK]:').out.splitlines()
     assert re.fullmatch(r'd\[.\]f f\(self\[.\]:', out[0], re.S) and len(out) == 3
     for n, line in enumerate(out[1:], 1):
         p = [float(x) for x in re.findall(r'(\d+\.\d)%', line)]
-        assert line.startswith(f'[MASK] {n}: ') and len(p) == 5 and p == sorted(p, reverse=True) and 0 < sum(p) <= 100.5
-    model, checkpoint = sample.load_run(runs.folder / f'out/{name}-masked-code', 'best', 'cpu')
+        assert line.startswith(f'[MASK] {n}: ') and len(p) == 5
+        assert p == sorted(p, reverse=True) and 0 < sum(p) <= 100.5
+    model, _ = sample.load_run(f'out/{name}-masked-code', 'best', 'cpu')
     ids = [100, 256, 102, 256]
-    (first, _), (_, p) = sample.fill(model, ids, 256, 256)[1][0], sample.fill(model, ids, 256, 256)[0][0]
+    first, second = sample.fill(model, ids, 256, 256)
     logits = model(torch.tensor([ids]))[0][0]
-    assert first == logits[3, :256].argmax() and abs(p - logits[1, :256].softmax(-1).max().item()) < 1e-6
+    assert second[0][0] == logits[3, :256].argmax()
+    assert abs(first[0][1] - logits[1, :256].softmax(-1).max().item()) < 1e-6
 
 
 def test_newest_run_is_the_default(runs):
+    """In a process of its own: the script starts and ends well."""
     runs('sample.py', '--prompt', 'x', '--max_new_tokens', 3)
     assert 'out/absolute/ckpt_best.pt: step 40' in runs.err
 
 
-def test_a_run_stopped_early_has_its_last_weights(runs, data_dir):
-    process = runs.start('train.py', '--data_dir', data_dir, '--dataset', 'code', *TINY, '--model', 'nope', '--max_iters', 10 ** 6, '--eval_interval', 10 ** 6, '--out_dir', 'early')
-    for line in process.stdout:
-        if 'step    20/' in line:
-            break
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    runs('sample.py', '--out_dir', 'early', '--max_new_tokens', 3)
-    assert re.match(r'early/ckpt_last.pt: step [2-9]\d', runs.err) and not (runs.folder / 'early/ckpt_best.pt').exists()
+def test_a_run_without_a_best_has_its_last_weights(main):
+    """As a run that is stopped before its first validation leaves it."""
+    Path('early').mkdir()
+    shutil.copy('out/absolute/ckpt_last.pt', 'early')
+    assert main('--out_dir', 'early', '--max_new_tokens', 3).err.startswith('early/ckpt_last.pt: step 40')
+    assert 'early/ckpt_best.pt' in main('--out_dir', 'early', '--ckpt', 'best', code=2).err
 
 
-def test_absolute_positions_go_on_past_their_end(runs):
-    assert len(runs('sample.py', '--out_dir', 'out/absolute', '--max_new_tokens', 200, '--prompt', 'x' * 100).out) > 250
+def test_absolute_positions_go_on_past_their_end(main):
+    assert len(main('--out_dir', 'out/absolute', '--max_new_tokens', 200, '--prompt', 'x' * 100).out) > 250
+
+
+def test_mask_is_literal_text_to_a_causal_model(main):
+    words = ['--out_dir', 'out/nope-causal-code', '--max_new_tokens', 3, '--prompt']
+    out, err = main(*words, 'a [MASK] b')
+    assert out.startswith('a [MASK] b') and len(err.splitlines()) == 2 and '[MASK]' in err and 'literal text' in err
+    assert 'literal' not in main(*words, 'a MASK b').err
 
 
 @pytest.mark.parametrize('words, parts', [
@@ -98,42 +148,69 @@ def test_absolute_positions_go_on_past_their_end(runs):
     ('--out_dir out/composite-masked-code --prompt text', ['at least one [MASK]']),
     ('--out_dir out/composite-masked-code', ['--prompt', '[MASK]']),
     ('--out_dir out/absolute --context 33', ['--context', 'block_size=32']),
+    ('--out_dir out/absolute --prompt=', ['--prompt', 'empty']),
     ('--num_samples 0', ['--num_samples', 'at least 1']),
     ('--temperature -1', ['--temperature', 'at least 0']),
     ('--ckpt first', ["'first'", 'best', 'last']),
     ('--device tpu9', ['--device tpu9']),
+    ('--device meta', ['--device meta', 'cuda, mps and cpu']),
     ('--nonsense', ['--nonsense', '--help']),
 ])
-def test_refused(runs, words, parts):
-    runs('sample.py', *words.split(), code=2)
-    err = [line for line in runs.err.splitlines() if not re.match(r'\S+ckpt_\w+.pt: step', line)]
-    assert len(err) == 1 and all(part in err[0] for part in parts), runs.err
+def test_refused(main, words, parts):
+    out, err = main(*words.split(), code=2)
+    lines = [line for line in err.splitlines() if not re.match(r'\S+ckpt_\w+.pt: step', line)]
+    assert len(lines) == 1 and all(part in lines[0] for part in ['sample.py: ', *parts]), err
 
 
-def test_refused_checkpoint(runs):
-    (runs.folder / 'bad').mkdir(exist_ok=True)
-    (runs.folder / 'bad/ckpt_best.pt').write_bytes((runs.folder / 'out/absolute/ckpt_best.pt').read_bytes()[:3000])
-    runs('sample.py', '--out_dir', 'bad', code=2)
-    assert len(runs.err.splitlines()) == 1 and 'ckpt_best.pt' in runs.err
-    good = torch.load(runs.folder / 'out/absolute/ckpt_best.pt', weights_only=True)
-    for changed in ({'a': 1}, [torch.zeros(3)], {**good, 'settings': {'model': 'gone'}}, {**good, 'config': {**good['config'], 'n_embd': 64}},
-                    {**good, 'config': {**good['config'], 'field_of_another_day': 1}}):
-        torch.save(changed, runs.folder / 'bad/ckpt_best.pt')
-        runs('sample.py', '--out_dir', 'bad', code=2)
-        assert len(runs.err.splitlines()) == 1 and 'ckpt_best.pt' in runs.err
+def test_no_run_yet(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        sample.load_run()
+    assert 'no run in out/' in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not (CORPORA / 'tiktoken_cache').is_dir(), reason=f'no tiktoken cache in {CORPORA} (set CORPORA)')
-def test_gpt2_tokens_from_preparation_to_sample(run):
-    """WikiText-2 as GPT-2 tokens: prepare, train a little, continue, fill."""
-    env = dict(TIKTOKEN_CACHE_DIR=str(CORPORA / 'tiktoken_cache'))
-    run('prepare_data.py', '--dataset', 'wikitext2', '--path', CORPORA / 'wikitext-2-raw', **env)
+def test_refused_checkpoint(main):
+    """Damaged, of something else, of a model file that is gone or that has changed since: one line that names it."""
+    Path('bad').mkdir()
+    Path('bad/ckpt_best.pt').write_bytes(Path('out/absolute/ckpt_best.pt').read_bytes()[:3000])
+    err = main('--out_dir', 'bad', code=2).err
+    assert len(err.splitlines()) == 1 and 'bad/ckpt_best.pt is damaged' in err
+    good = torch.load('out/absolute/ckpt_best.pt', weights_only=True)
+    damaged = 'is damaged'
+    changed = 'does not fit model_nope.py'
+    for checkpoint, reason in (({'a': 1}, damaged), ([torch.zeros(3)], damaged),
+                               ({**good, 'settings': {'model': 'gone'}}, 'needs model_gone.py'),
+                               ({**good, 'config': {**good['config'], 'n_embd': 64}}, changed),
+                               ({**good, 'config': {**good['config'], 'field_of_another_day': 1}}, changed)):
+        torch.save(checkpoint, 'bad/ckpt_best.pt')
+        err = main('--out_dir', 'bad', code=2).err
+        assert len(err.splitlines()) == 1 and 'bad/ckpt_best.pt' in err and reason in err, err
+
+
+def test_tiktoken_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'tiktoken', None)
+    with pytest.raises(SystemExit) as stop:
+        sample.tokenizer('gpt2')
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1
+    assert 'not installed' in err and 'pip install tiktoken' in err
+
+
+@needs_tokens
+def test_gpt2_tokens_from_preparation_to_sample(run, main, monkeypatch):
+    """Shakespeare as GPT-2 tokens: prepare, train a little, continue, fill."""
+    monkeypatch.chdir(run.folder)
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(CORPORA / 'tiktoken_cache'))
+    prepare_data.prepare('plays', 'gpt2', CORPORA / 'shakespeare.txt')
+    meta = json.loads(Path('data/plays/meta.json').read_text())
     for objective in ('causal', 'masked'):
-        run('train.py', '--dataset', 'wikitext2', '--objective', objective, *TINY, '--max_iters', 2)
-        loss, bits, perplexity = map(float, re.findall(r'val loss (\S+) nats per .*, (\S+) bits per byte, perplexity (\S+)', run.out)[-1])
-        meta = json.loads((run.folder / 'data/wikitext2/meta.json').read_text())
-        assert abs(bits - loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']) < 1e-3 and abs(math.log(perplexity) - loss) < 1e-3
-    out = run('sample.py', '--out_dir', 'out/composite-masked-wikitext2', '--prompt', 'The [MASK] of the', **env).out
+        run('train.py', '--dataset', 'plays', '--objective', objective, *TINY, '--max_iters', 2)
+        said = re.findall(r'val loss (\S+) nats per .*, (\S+) bits per byte, perplexity (\S+)', run.out)[-1]
+        loss, bits, perplexity = map(float, said)
+        assert abs(bits - loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']) < 1e-3
+        assert abs(math.log(perplexity) - loss) < 1e-3
+    out = main('--out_dir', 'out/composite-masked-plays', '--prompt', 'The [MASK] of the').out
     assert out.startswith('The[') and '[MASK] 1:' in out and '] of the\n' in out
-    out = run('sample.py', '--out_dir', 'out/composite-causal-wikitext2', '--prompt', 'The', '--max_new_tokens', 20, **env).out
+    out = main('--out_dir', 'out/composite-causal-plays', '--prompt', 'The', '--max_new_tokens', 20).out
     assert out.startswith('The') and len(out) > 20
+    assert os.listdir('data') == ['plays']

@@ -48,9 +48,13 @@ CHAPTERS = {
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / 'baselines'))
 SIDES = ((True, 'causal'), (False, 'both sides'))
-# sizes of most cases: batch, heads, tokens (odd, more than a kernel reaches), channels of a head, reach of a kernel
-B, H, T, D, K = 2, 3, 11, 4, 2
-WIDTH = 2 * K + 1  # entries of a kernel
+# sizes of most cases
+B = 2  # texts in a batch
+H = 3  # heads
+T = 11  # tokens: odd, and more than a kernel reaches
+D = 4  # channels of a head
+K = 2  # reach of a kernel: offsets -K ... K
+WIDTH = 2 * K + 1  # its entries
 
 
 # -------------------------------------------------------------------------------------------- how a claim is recorded
@@ -75,13 +79,15 @@ def proof(chapter, *models):
             try:
                 test()
             except Exception as error:  # whatever it is, it is a red row, and the book goes on
-                text = f'{type(error).__name__}: {" ".join(str(error).split())}'
+                message = ' '.join(str(error).split())
+                text = f'{type(error).__name__}: {message}'
                 frames = [frame for frame in traceback.extract_tb(error.__traceback__) if str(HERE) in frame.filename]
                 place = f'{Path(frames[-1].filename).name}, line {frames[-1].lineno}: {text}'
                 CASES.append(Case(place[:75], text, 'inf', 'no crash', math.inf))
             failed = [f'{case.row} [{case.name}]: {case.shown}' for case in CASES if case.badness > 1]
             assert not failed, '\n'.join(failed)
-        run.chapter, run.models = chapter, models
+        run.chapter = chapter
+        run.models = models
         return run
     return mark
 
@@ -190,7 +196,8 @@ def check_layer(row, case, module, equation, tolerance=1e-11, **fields):
     """The Attention of a module = equation(attention, x), causal and on both sides, and every parameter's gradient."""
     for causal, side in SIDES:
         model, _ = make(module, causal=causal, n_layer=1, n_head=H, n_embd=H * D, **fields)
-        attention, x = model.h[0].attn, random(B, T, H * D)
+        attention = model.h[0].attn
+        x = random(B, T, H * D)
         ours = with_gradients(attention, [x], attention.parameters())
         reference = with_gradients(partial(equation, attention), [x], attention.parameters())
         check(row, f'{side}, {case}', ours, reference, tolerance, least=1e-3)
@@ -232,7 +239,8 @@ def softmax(scores, v, causal):
 
 def equation_6(q, k, fixed=None, dynamic=None, dynamic_key=None):
     """q_i.k_j / sqrt(hs) + q_i.W_{j-i} / sqrt(hs) + beta_{j-i}, and a kernel made by the keys: scores (B, nh, T, T)."""
-    scores, entry = torch.einsum('bhid,bhjd->bhij', q, k) / math.sqrt(D), clipped(T)
+    scores = torch.einsum('bhid,bhjd->bhij', q, k) / math.sqrt(D)
+    entry = clipped(T)
     if dynamic is not None:
         scores = scores + torch.einsum('bhid,ijd->bhij', q, dynamic[entry]) / math.sqrt(D)
     if dynamic_key is not None:  # mirrored
@@ -289,13 +297,15 @@ def test_composite_layer_is_equation_6():
 @proof(1, 'composite')
 def test_limits_of_composite_attention():
     """Without kernels it is plain attention (equation 1), without content a lightweight convolution (equation 3)."""
-    zero, q = torch.zeros(1, H, T, WIDTH).double(), torch.zeros(B, H, T, D).double()
+    zero = torch.zeros(1, H, T, WIDTH).double()
+    q = torch.zeros(B, H, T, D).double()
     for causal, side in SIDES:
         def zero_kernels(q, k, v):
             return composite.attend_dense(q, k, v, zero, causal)
         plain = partial(F.scaled_dot_product_attention, is_causal=causal)
         compare('attention with zero kernels = scaled_dot_product_attention', side, zero_kernels, plain, random_qkv())
-    beta, v = random(H, WIDTH).detach(), random(B, H, T, D).detach()
+    beta = random(H, WIDTH).detach()
+    v = random(B, H, T, D).detach()
     window = torch.full((1, H, T, WIDTH), -1e9).double()  # both ends shut: they stand for all farther tokens
     window[..., 1:-1] = beta[:, None, 1:-1]
     kernel = beta.exp()[:, None, 1:-1]  # (nh, 1, 2K-1)
@@ -323,7 +333,8 @@ def test_skewing_is_a_clipped_index():
 
 def explicit(q, k, v, kernel_scores, causal):
     """Softmax attention with kernel_scores (B, nh, T, 2k+1) added to the scores at each clipped offset."""
-    n, reach = q.size(2), kernel_scores.size(-1) // 2
+    n = q.size(2)
+    reach = kernel_scores.size(-1) // 2
     bias = kernel_scores[:, :, torch.arange(n)[:, None], clipped(n, reach)]  # (B, nh, T, T)
     return softmax(q @ k.transpose(2, 3) / math.sqrt(q.size(-1)) + bias, v, causal)
 
@@ -366,7 +377,8 @@ def test_far_and_near_in_low_precision():
         for dtype, unit in ((torch.float32, 6e-8), (torch.bfloat16, 4e-3)):
             exact = [x.detach().to(dtype).double() for x in random_qkv(200, 2, 2, 16)]
             exact.append(random(2, 2, 200, 17, scale=3).detach().float().double())
-            low, high = [dtype, dtype, dtype, torch.float32], [torch.float64] * 4
+            low = [dtype, dtype, dtype, torch.float32]
+            high = [torch.float64] * 4
             three = zip(results(fast, exact, low), results(dense, exact, low), results(dense, exact, high))
             for name, (ours, other, reference) in zip(('value', 'dq', 'dk', 'dv', 'dkernel'), three):
                 limit = 2 * difference(other, reference, 1e-30) + 16 * unit
@@ -408,15 +420,14 @@ def dynamic(x, w, causal):
 @proof(3, 'conv')
 def test_convolutions_are_banded_toeplitz_matrices():
     """A convolution is a banded Toeplitz matrix, per channel, head, or head and token (equations 2, 3; Wu et al.)."""
-    per_channel = ('depthwise convolution = a banded matrix per channel', conv.depthwise_conv, depthwise)
-    per_head = ('lightweight convolution = a banded matrix per head', conv.lightweight_conv, lightweight)
-    per_token = ('dynamic convolution = a banded row per token', conv.dynamic_conv, dynamic)
     for (n, width), (causal, side) in product(((1, 5), (3, 5), (11, 5), (11, 1), (11, 17)), SIDES):
-        for (row, ours, matrices), shapes in ((per_channel, ((B, n, D), (D, width))),
-                                              (per_head, ((B, H, n, D), (H, width))),
-                                              (per_token, ((B, H, n, D), (B, H, n, width)))):
-            compare(row, f'{side}, {n} tokens, kernel of {width}', ours, matrices, [random(*shape) for shape in shapes],
-                    causal=causal)
+        case = f'{side}, {n} tokens, kernel of {width}'
+        compare('depthwise convolution = a banded matrix per channel', case, conv.depthwise_conv, depthwise,
+                [random(B, n, D), random(D, width)], causal=causal)
+        compare('lightweight convolution = a banded matrix per head', case, conv.lightweight_conv, lightweight,
+                [random(B, H, n, D), random(H, width)], causal=causal)
+        compare('dynamic convolution = a banded row per token', case, conv.dynamic_conv, dynamic,
+                [random(B, H, n, D), random(B, H, n, width)], causal=causal)
 
 
 SWITCHES = ('lightweight', 'dynamic', 'queries_keys', 'values', 'output')
@@ -435,7 +446,8 @@ CONV_LAYERS = (  # where the convolution is, the mixer, the switches that are on
 
 def conv_equation(attention, x):
     """The layer of model_conv.py from its own parameters: the kernels that exist are used (equations 2 to 5, 7)."""
-    weights, causal = dict(attention.named_parameters()), attention.causal
+    weights = dict(attention.named_parameters())
+    causal = attention.causal
     biases = weights.get('c_attn.bias', x.new_zeros(3 * H * D)).split(H * D)
     qkv = []
     for name, weight, bias in zip(('conv_q', 'conv_k', 'conv_v'), weights['c_attn.weight'].split(H * D), biases):
@@ -492,7 +504,8 @@ def kernelized_inputs(n, reach, m=6):
 
 def decode(q, k, v, b, valid, pieces):
     """Feed a text in pieces -> (B, nh, T, hs) and the state at its end."""
-    state, parts = {}, zip(q.split(pieces, 2), k.split(pieces, 2), v.split(pieces, 2), valid.split(pieces, 1))
+    state = {}
+    parts = zip(q.split(pieces, 2), k.split(pieces, 2), v.split(pieces, 2), valid.split(pieces, 1))
     y = [kernelized.attend_recurrent(q, k, v, b, seen, state) for q, k, v, seen in parts]
     return torch.cat(y, 2), state
 
@@ -513,7 +526,8 @@ def test_dense_fft_and_chunked_are_equation_10():
     sizes = [(1, 0), (1, 3), *product([9], (0, 1, 4, 8, 20)), *product([23], (0, 1, 3, 4, 5, 22, 40))]
     for (causal, side), (n, reach), padded in product(SIDES, sizes, (False, True)):
         valid = torch.rand(B, n, generator=torch.Generator().manual_seed(n)) > 0.4 if padded else None
-        inputs, known = kernelized_inputs(n, reach), dict(least=1, causal=causal, valid=valid)
+        inputs = kernelized_inputs(n, reach)
+        known = dict(least=1, causal=causal, valid=valid)
         case = f'{side}, {n} tokens, reach of b {reach}, padded={padded}'
         compare('dense = equation 10', case, kernelized.attend_dense, equation_10, inputs, 1e-11, **known)
         compare('FFT in bounded memory = equation 10', case, kernelized.attend_fft, equation_10, inputs, 1e-10, **known)
@@ -544,7 +558,8 @@ def test_kernelized_layer_is_its_equations():
     """The layer is Algorithm 1: queries and keys over their norm, random features, equation 10; each can be off."""
     def phi(attention, x):
         x = x / x.norm(dim=-1, keepdim=True) if attention.normalize else x / D ** 0.25
-        square, m = x.pow(2).sum(-1), attention.w.size(0)
+        square = x.pow(2).sum(-1)
+        m = attention.w.size(0)
         if attention.kind == 'elu':
             return torch.where(x > 0, x + 1, x.exp())
         if attention.kind == 'trf':
@@ -569,7 +584,8 @@ def test_random_features_are_unbiased():
     x = F.normalize(random(D, seed=1).detach(), dim=0) * 0.6
     y = F.normalize(random(D, seed=2).detach(), dim=0) * 0.8
     torch.manual_seed(0)
-    m, draws = 16, 60000
+    m = 16
+    draws = 60000
     w = kernelized.random_matrix(m * draws, D).double()
     positive = kernelized.features(x, w) * kernelized.features(y, w) * m * draws  # one feature each, not averaged
     estimates = positive.view(draws, m).mean(1)
@@ -609,7 +625,9 @@ def test_error_of_the_features():
     check_true('error of 16 features > 0.2 + error of 256', 'norm 1', error(1, 16) > 0.2 + error(1, 256))
     w = kernelized.random_matrix(2 ** 16, D)
     q, k, v = (x.detach() for x in random_qkv())
-    q, k, b = F.normalize(q, dim=-1), F.normalize(k, dim=-1), random(H, WIDTH).detach()
+    q = F.normalize(q, dim=-1)
+    k = F.normalize(k, dim=-1)
+    b = random(H, WIDTH).detach()
     ours = kernelized.attend_dense(kernelized.features(q, w), kernelized.features(k, w), v, b)
     exact = softmax(torch.einsum('bhid,bhjd->bhij', q, k) + b[:, clipped(T)], v, True)
     check('65,536 features = softmax with the same b (equation 6)', 'causal', ours, exact, 0.02)
@@ -618,15 +636,18 @@ def test_error_of_the_features():
 @proof(4, 'kernelized')
 def test_kernelized_extremes():
     """float32 survives b from -100 to 100 nats, vanishing vectors, one visible key, and inputs of any size."""
-    n, w = 23, random(8, D, seed=5).detach().float()
+    n = 23
+    w = random(8, D, seed=5).detach().float()
     one_key = torch.arange(n).expand(B, n) == 4
     for (causal, side), reach, slope, valid in product(SIDES, (3, 30), (1, -1), (None, one_key)):
         q, k, v = (x.detach().float() for x in random_qkv(n))
         q, k = kernelized.features(F.normalize(q, dim=-1), w), kernelized.features(F.normalize(k, dim=-1), w)
         q[:, :, 5] = k[:, :, 6] = kernelized.features(torch.zeros(D), w)
         b = slope * torch.linspace(-100, 100, 2 * reach + 1).repeat(H, 1)
-        inputs, known = [x.requires_grad_() for x in (q, k, v, b)], dict(causal=causal, valid=valid)
-        case = f'{side}, reach of b {reach}, slope {slope:+d}, {"all keys" if valid is None else "one key"}'
+        inputs = [x.requires_grad_() for x in (q, k, v, b)]
+        known = dict(causal=causal, valid=valid)
+        keys = 'all keys' if valid is None else 'one key'
+        case = f'{side}, reach of b {reach}, slope {slope:+d}, {keys}'
         exact = with_gradients(partial(equation_10, **known), [x.detach().double().requires_grad_() for x in inputs])
         dense = with_gradients(partial(kernelized.attend_dense, **known), inputs)
         check('dense in float32 = equation 10 in float64', case, dense, exact, 2e-4, least=1)
@@ -653,7 +674,8 @@ def test_forms_of_the_kernelized_model_agree():
     check_forms(kernelized, ('fft', 'chunked', 'auto'), 300, 1e-8, max_distance=5)
     for case, dtype in (('autocast', torch.float32), ('a bfloat16 model', torch.bfloat16)):
         model = make(kernelized, max_distance=4, n_layer=1, n_features=8)[0].to(dtype)
-        idx, state = torch.randint(50, (1, 700), generator=torch.Generator().manual_seed(0)), model.new_state()
+        idx = torch.randint(50, (1, 700), generator=torch.Generator().manual_seed(0))
+        state = model.new_state()
         with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=case == 'autocast'):
             whole = model(idx)[0].float()  # 700 tokens: the chunked form
             parts = torch.cat([model(token, state=state)[0] for token in idx.split(1, 1)], 1).float()
@@ -667,7 +689,9 @@ def test_forms_of_the_kernelized_model_agree():
 @proof(5, 'nope')
 def test_uniform_causal_attention_has_variance_1_over_m():
     """The variance of uniform causal attention at token m is 1/m: the mask leaks the position."""
-    n, samples, channels = 32, 4000, 8
+    n = 32
+    samples = 4000
+    channels = 8
     attention = make(nope, n_layer=1, n_head=1, n_embd=channels)[0].h[0].attn
     x = torch.randn(samples, n, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -688,7 +712,8 @@ def test_nope_is_plain_attention():
         return output(attention, softmax(equation_6(q, k), v, attention.causal))
     check_layer('layer without positions = softmax attention', 'no padding', nope, plain, 1e-12)
     for causal, side in SIDES:
-        attention, x = make(nope, causal=causal, n_embd=H * D, n_head=H)[0].h[0].attn, random(B, T, H * D)
+        attention = make(nope, causal=causal, n_embd=H * D, n_head=H)[0].h[0].attn
+        x = random(B, T, H * D)
         padded = attention(x, (torch.arange(T) < 8).expand(B, T))
         check('with padding = softmax attention to the real tokens', side, padded[:, :8], plain(attention, x[:, :8]))
     order = torch.randperm(21, generator=torch.Generator().manual_seed(3))
@@ -728,7 +753,8 @@ def test_padding_changes_nothing():
     valid = (torch.arange(21) < 14).expand(2, -1)
     for causal, side in SIDES:
         for name, relative, model, idx in schemes(causal=causal):
-            case, short = f'{name}, {side}', model(idx[:, :14])[0]
+            case = f'{name}, {side}'
+            short = model(idx[:, :14])[0]
             check('padding on the right = no padding', case, model(idx, valid=valid)[0][:, :14], short)
             if relative:
                 turned = torch.cat((idx[:, 14:], idx[:, :14]), 1)
@@ -745,11 +771,14 @@ def test_shifting_the_input_shifts_the_output():
     """Only offsets count: a text between paddings gives the same logits wherever it stands."""
     def logits(model, idx, n):
         """Of 12 tokens with n paddings before and 9 - n after them."""
-        tokens, place = F.pad(idx[:, :12], (n, 9 - n)), torch.arange(21)
+        tokens = F.pad(idx[:, :12], (n, 9 - n))
+        place = torch.arange(21)
         return model(tokens, valid=((place >= n) & (place < n + 12)).expand(2, -1))[0][:, n:n + 12]
     for name, relative, model, idx in schemes(causal=False):
         for n in (4, 9):
-            case, moved, start = f'{name}, moved by {n}', logits(model, idx, n), logits(model, idx, 0)
+            case = f'{name}, moved by {n}'
+            moved = logits(model, idx, n)
+            start = logits(model, idx, 0)
             if relative:
                 check('logits of a moved text = those at the start', case, moved, start)
             else:
@@ -791,7 +820,8 @@ def test_any_length():
 @proof(6)
 def test_predicting_some_places_is_predicting_all():
     """A masked model that predicts at some places only gives the logits and the loss of these places."""
-    where, targets = torch.tensor([[1, 4, 20], [0, 2, 3]]), torch.tensor([[3, 1, 4], [1, 5, -1]])
+    where = torch.tensor([[1, 4, 20], [0, 2, 3]])
+    targets = torch.tensor([[3, 1, 4], [1, 5, -1]])
     predicted = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]  # those with a target
     for name, _, model, idx in schemes(causal=False):
         whole = model(idx)[0]
@@ -827,14 +857,17 @@ def test_models_on_a_gpu():
     mask = torch.arange(200).expand(4, -1) < torch.tensor([[200], [150], [100], [7]])
     for causal, side in SIDES:
         for name, _, model, _ in schemes(causal=causal, n_embd=128, block_size=256):
-            exact, plain = model.hidden(idx, mask)[mask], model.hidden(idx)  # without padding, the fast forms
+            exact = model.hidden(idx, mask)[mask]
+            plain = model.hidden(idx)  # without padding, the fast forms
             model = model.float().cuda()
             for form in ('eager', 'compiled'):
                 torch._dynamo.reset()  # or it reaches its limit of recompilations and runs eager
                 hidden = torch.compile(model.hidden) if form == 'compiled' else model.hidden
                 with torch.no_grad(), torch.autocast('cuda', torch.bfloat16):
-                    padded, ours = hidden(idx.cuda(), mask.cuda()).cpu()[mask], hidden(idx.cuda()).cpu()
-                row, case = f'bfloat16 {form} on the GPU = float64 on the CPU', f'{name}, {side}'
+                    padded = hidden(idx.cuda(), mask.cuda()).cpu()[mask]
+                    ours = hidden(idx.cuda()).cpu()
+                row = f'bfloat16 {form} on the GPU = float64 on the CPU'
+                case = f'{name}, {side}'
                 check(row, f'{case}, padded', padded, exact, 0.1)
                 check(row, case, ours, plain, 0.1)
 
@@ -866,7 +899,8 @@ def test_fast_forms_on_a_gpu():
 
 def print_rows(show_all):
     """A line for each row of CASES with its worst case, below it the failed cases or all -> rows, rows failed."""
-    rows, failed = {}, 0
+    rows = {}
+    failed = 0
     for case in CASES:
         rows.setdefault(case.row, []).append(case)
     for row, cases in rows.items():
@@ -898,7 +932,7 @@ def main():
         return 2
     CHOSEN[:] = arguments.models or FILES
     torch.set_num_threads(1)  # many tiny tensors
-    chapter, rows, cases, failed = 0, 0, 0, 0
+    chapter = rows = cases = failed = 0
     for test in [value for name, value in globals().items() if name.startswith('test_')]:
         if test.models and not set(test.models) & set(CHOSEN):
             continue
@@ -906,11 +940,14 @@ def main():
             test()
         if test.chapter != chapter:
             chapter = test.chapter
-            print(f'\n\n{chapter}  {CHAPTERS[chapter]}\n{"-" * 78}{"cases":>6s} {"worst":>9s} {"limit":>9s}')
+            print(f'\n\n{chapter}  {CHAPTERS[chapter]}')
+            print('-' * 77, ' cases     worst     limit')
         print(f'\n{test.__doc__}')
         new_rows, new_failed = print_rows(arguments.all)
         sys.stdout.flush()
-        rows, cases, failed = rows + new_rows, cases + len(CASES), failed + new_failed
+        rows += new_rows
+        cases += len(CASES)
+        failed += new_failed
         if failed and arguments.first:
             break
     print(f'\n{rows} rows, {cases:,} cases, {failed} rows failed')

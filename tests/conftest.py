@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -82,7 +83,8 @@ def run_here(script, arguments, folder, env):
         os.environ.update(old_env)
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
-    out.seek(0), err.seek(0)
+    for stream in (out, err):
+        stream.seek(0)
     return out.read(), err.read(), code
 
 
@@ -99,17 +101,18 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory, data_dir):
-    """trained(model, objective, ...) -> Run of 60 steps, trained once for all tests: .folder, .out_dir, .out, .err."""
-    folder, runs = tmp_path_factory.mktemp('trained'), {}
+    """trained('nope', 'causal', ...) -> Run of 60 steps, trained once for all tests; .out_dir is its folder."""
+    folder = tmp_path_factory.mktemp('trained')
     schedule = '--max_iters 60 --warmup_iters 10 --learning_rate 5e-3 --eval_interval 30 --eval_tokens 20480'.split()
+    runs = {}
 
-    def train(model, objective='causal', *words):
-        key = model, objective, *words
+    def train(model, objective, *words):
+        key = (model, objective, *words)
         if key not in runs:
             run = Run(folder)
-            run.out_dir = folder / 'out' / '-'.join(key).replace('---', '-')
             run('train.py', '--model', model, '--objective', objective, '--data_dir', data_dir, '--dataset', 'code',
-                *TINY, *schedule, *words, '--out_dir', run.out_dir)
+                *TINY, *schedule, *words)
+            run.out_dir = folder / re.search(r'run (out\S+)', run.out)[1]
             runs[key] = run
         return runs[key]
     return train

@@ -12,23 +12,19 @@ import torch
 
 import prepare_data
 import sample
-from conftest import CORPORA, MODELS, TINY, Run
+from conftest import CORPORA, MODELS, TINY
 
 needs_tokens = pytest.mark.skipif(not (CORPORA / 'tiktoken_cache').is_dir(),
                                   reason=f'no tiktoken cache in {CORPORA} (set CORPORA)')
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory, data_dir):
+def runs(trained):
     """A folder with a short run of each model and objective, and one with absolute positions."""
-    run = Run(tmp_path_factory.mktemp('sample'))
-    words = ['--data_dir', data_dir, '--dataset', 'code', *TINY, '--max_iters', 40, '--warmup_iters', 5,
-             '--learning_rate', 5e-3, '--eval_interval', 40]
     for name in MODELS:
         for objective in ('causal', 'masked'):
-            run('train.py', '--model', name, '--objective', objective, *words)
-    run('train.py', '--model', 'nope', '--absolute', *words, '--out_dir', 'out/absolute')
-    return run
+            trained(name, objective)
+    return trained('nope', 'causal', '--absolute', '--out_dir', 'out/absolute')
 
 
 @pytest.fixture
@@ -53,7 +49,7 @@ def test_causal_continues_the_prompt(main, name):
     words = ['--out_dir', f'out/{name}-causal-code', '--prompt', 'def grüße(', '--max_new_tokens', 100]
     text, err = main(*words)
     assert text.startswith('def grüße(') and 60 < len(text) <= 111
-    assert len(err.splitlines()) == 1 and 'step 40' in err
+    assert len(err.splitlines()) == 1 and 'step 60' in err
     assert main(*words).out == text, 'the same seed writes the same text'
     assert main(*words, '--seed', 2).out != text
     assert len(main(*words, '--context', 0).out) > 60
@@ -120,15 +116,17 @@ def test_masked_fills_the_gaps(main, name):
 
 def test_newest_run_is_the_default(runs):
     """In a process of its own: the script starts and ends well."""
-    runs('sample.py', '--prompt', 'x', '--max_new_tokens', 3)
-    assert 'out/absolute/ckpt_best.pt: step 40' in runs.err
+    checkpoints = (runs.folder / 'out').glob('*/ckpt_last.pt')
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime).parent.name
+    runs.process('sample.py', '--prompt', 'x', '--max_new_tokens', 3)
+    assert f'out/{newest}/ckpt_best.pt: step' in runs.err
 
 
 def test_a_run_without_a_best_has_its_last_weights(main):
     """As a run that is stopped before its first validation leaves it."""
     Path('early').mkdir()
     shutil.copy('out/absolute/ckpt_last.pt', 'early')
-    assert main('--out_dir', 'early', '--max_new_tokens', 3).err.startswith('early/ckpt_last.pt: step 40')
+    assert main('--out_dir', 'early', '--max_new_tokens', 3).err.startswith('early/ckpt_last.pt: step 60')
     assert 'early/ckpt_best.pt' in main('--out_dir', 'early', '--ckpt', 'best', code=2).err
 
 

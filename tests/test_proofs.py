@@ -92,7 +92,8 @@ def test_a_crash_is_a_red_row_and_the_book_goes_on(book):
     code, lines, stderr = book('crash')
     assert code == 1 and not stderr
     red = [line for line in lines if line.endswith('FAIL')]
-    assert red and all(re.match(r'model_crash.py, line \d+: RuntimeError: no padding, please .* inf ', row) for row in red)
+    text = r'model_crash.py, line \d+: RuntimeError: no padding, please .* inf '
+    assert red and all(re.match(text, row) for row in red)
     assert verdicts(lines)['beyond block_size: the beginning = the beginning alone'] == 'PASS'
     code, lines, stderr = book('typo', '--first')
     assert code == 1 and not stderr and sum(line.endswith('FAIL') for line in lines) == 1
@@ -104,7 +105,7 @@ def test_rows_of_one_model(book):
     text = '\n'.join(lines)
     assert code == 0 and 'Convolutions before' in text and 'What every model promises' in text
     assert 'Kernelized' not in text and 'model_composite' not in text and 'nope' not in text
-    assert re.search(r'model_conv, both sides, 301 tokens, kernel of 17, batch of 2 +\d', text), '--all prints the cases'
+    assert re.search(r'model_conv, both sides, 301 tokens, kernel of 17, batch of 2 +\d', text), 'no cases under --all'
 
 
 def test_an_unknown_model_is_refused(book):

@@ -1,0 +1,114 @@
+"""test_equivalence.py as a script: it finds a reader's model files, shows what fails and where, and goes on."""
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import REPO
+
+EQUATION = '''
+from model_nope import Attention, Config, Model, math, torch
+
+def equation(attention, x):
+    B, T, C = x.shape
+    n = attention.n_head
+    q, k, v = [part.view(B, T, n, C // n).transpose(1, 2) for part in attention.c_attn(x).split(C, 2)]
+    y = torch.zeros_like(q)
+    for i in range(T):
+        seen = slice(0, i + 1 if attention.causal else T)
+        scores = (q[:, :, i, None] * k[:, :, seen]).sum(-1) / math.sqrt(C // n)  # (B, nh, seen)
+        y[:, :, i] = (scores.softmax(-1)[..., None] * v[:, :, seen]).sum(2)
+    return attention.c_proj(y.transpose(1, 2).reshape(B, T, C))
+'''
+ABSOLUTE = '''
+import dataclasses
+import model_nope
+from model_nope import Config
+
+class Model(model_nope.Model):
+    def __init__(self, config):
+        super().__init__(dataclasses.replace(config, absolute=True))
+'''
+CRASH = '''
+import model_nope
+from model_nope import Config
+
+class Model(model_nope.Model):
+    def hidden(self, idx, valid=None, state=None):
+        if valid is not None:
+            raise RuntimeError('no padding, please')
+        return super().hidden(idx, valid, state)
+'''
+FILES = {
+    'model_right.py': EQUATION,
+    'baselines/model_wrong.py': EQUATION.replace('/ math.sqrt', '* math.sqrt'),
+    'model_silent.py': 'from model_nope import Config, Model\n',
+    'model_absolute.py': 'RELATIVE = False\n' + ABSOLUTE,
+    'model_undeclared.py': ABSOLUTE,
+    'model_crash.py': CRASH,
+    'model_typo.py': 'class Model(\n',
+}
+
+
+@pytest.fixture(scope='module')
+def book(tmp_path_factory):
+    """book(*words) -> exit status, rows that start with a text, stderr; in a folder with the model files above."""
+    folder = tmp_path_factory.mktemp('book')
+    (folder / 'baselines').mkdir()
+    for path in [*REPO.glob('model_*.py'), REPO / 'test_equivalence.py']:
+        shutil.copy(path, folder)
+    for name, text in FILES.items():
+        (folder / name).write_text(text, encoding='utf-8')
+
+    def run(*words):
+        done = subprocess.run([sys.executable, folder / 'test_equivalence.py', *words], capture_output=True, text=True)
+        return done.returncode, [line.strip() for line in done.stdout.splitlines()], done.stderr
+    return run
+
+
+def verdicts(lines):
+    """{row: PASS or FAIL}"""
+    return {re.split(r'\s{2,}\d', line)[0]: line.split()[-1] for line in lines if line.endswith(('PASS', 'FAIL'))}
+
+
+def test_a_new_file_is_found_and_compared_with_its_equation(book):
+    code, lines, _ = book('right', 'wrong', 'silent', 'absolute', 'undeclared')
+    rows = verdicts(lines)
+    failed = {row for row, verdict in rows.items() if verdict == 'FAIL'}
+    wrong = 'Attention of model_wrong.py = its equation(attention, x)'
+    moved = {'logits of a moved text = those at the start', 'padding on the left = no padding'}
+    assert code == 1 and failed == {wrong, *moved}
+    assert rows['Attention of model_right.py = its equation(attention, x)'] == 'PASS'
+    assert 'model_silent.py has no equation(attention, x): the rows above cannot see a wrong formula' in lines
+    cases = [line.split('  ')[0] for line in lines if line.startswith('failed: ')]
+    assert 'failed: undeclared, moved by 4' in cases, 'absolute positions that the file does not declare'
+    assert rows['not relative: moving a text changes its logits'] == 'PASS', 'those that it declares'
+    assert not any(case.startswith(('failed: absolute', 'failed: right', 'failed: silent')) for case in cases)
+
+
+def test_a_crash_is_a_red_row_and_the_book_goes_on(book):
+    code, lines, stderr = book('crash')
+    assert code == 1 and not stderr
+    red = [line for line in lines if line.endswith('FAIL')]
+    text = r'model_crash.py, line \d+: RuntimeError: no padding, please .* inf '
+    assert red and all(re.match(text, row) for row in red)
+    assert verdicts(lines)['beyond block_size: the beginning = the beginning alone'] == 'PASS'
+    code, lines, stderr = book('typo', '--first')
+    assert code == 1 and not stderr and sum(line.endswith('FAIL') for line in lines) == 1
+    assert any('SyntaxError' in line and line.endswith('FAIL') for line in lines)
+
+
+def test_rows_of_one_model(book):
+    code, lines, _ = book('conv', '--all')
+    text = '\n'.join(lines)
+    assert code == 0 and 'Convolutions before' in text and 'What every model promises' in text
+    assert 'Kernelized' not in text and 'model_composite' not in text and 'nope' not in text
+    assert re.search(r'model_conv, both sides, 301 tokens, kernel of 17, batch of 2 +\d', text), 'no cases under --all'
+
+
+def test_an_unknown_model_is_refused(book):
+    code, lines, stderr = book('conv', 'rope')
+    assert code == 2 and not lines
+    assert stderr.count('\n') == 1 and "no model 'rope'; choose from absolute, composite, conv, crash" in stderr

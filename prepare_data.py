@@ -340,6 +340,19 @@ def remove_leftovers(folder):
             pass  # it is there, and another user's
 
 
+def load(folder):
+    """What prepare() made -> meta.json as a dict, train and validation ids as memory maps. Refuses what is damaged."""
+    try:
+        meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+        train = np.memmap(folder / 'train.bin', dtype=meta['dtype'], mode='r')
+        val = np.memmap(folder / 'val.bin', dtype=meta['dtype'], mode='r')
+        assert meta['mask_id'] >= meta['vocab_size'] and meta['train_bytes'] and meta['val_bytes']
+        assert len(train) == meta['train_tokens'] and len(val) == meta['val_tokens']
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
+        die(f'{folder} is damaged ({type(e).__name__} {e}): delete it and prepare it again')
+    return meta, train, val
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)

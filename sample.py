@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from common import die, load_model_file
 from prepare_data import load_tiktoken
-from train import die, load_model_file
 
 
 def load_run(out_dir=None, which=None, device='cpu'):

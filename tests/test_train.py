@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import prepare_data
+import common
 import train as script
 from conftest import MODELS, REPO
 
@@ -95,7 +96,7 @@ def test_masked_rows_hide_what_they_ask_for_and_nothing_else():
 @pytest.mark.parametrize('name', MODELS)
 def test_masked_objective_scores_masked_places_alone(name):
     """The loss of a batch is unchanged by the targets of other places, and its gradient at other logits is zero."""
-    module = script.load_model_file(name)
+    module = common.load_model_file(name)
     model = module.Model(module.Config(vocab_size=257, causal=False)).double()
     rows = script.train_rows(make_run(64, objective='masked'), 3, range(4))
     idx, targets, where = map(torch.from_numpy, rows)
@@ -122,7 +123,7 @@ def test_validation_rows_are_fixed_spread_and_disjoint():
 @pytest.mark.parametrize('objective', ['causal', 'masked'])
 def test_validation_does_not_depend_on_the_micro_batch_or_on_dropout(objective):
     """Rows that fill the last batch do not count, and nothing is dropped."""
-    module = script.load_model_file('nope')
+    module = common.load_model_file('nope')
     config = module.Config(vocab_size=257, causal=objective == 'causal', dropout=0.5, n_layer=1, n_embd=32)
     torch.manual_seed(0)
     model = module.Model(config)
@@ -146,7 +147,7 @@ def test_random_draws_depend_on_seed_and_step():
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / 'file'
-    script.write(path, lambda f: f.write(b'old'))
+    common.write(path, lambda f: f.write(b'old'))
 
     def fail(error):
         def put(f):
@@ -155,7 +156,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         return put
     for error in (OSError('disk full'), RuntimeError('enforce fail'), KeyboardInterrupt()):
         with pytest.raises((OSError, KeyboardInterrupt)):
-            script.write(path, fail(error))
+            common.write(path, fail(error))
         assert path.read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['file']
 
 
@@ -325,7 +326,7 @@ def test_runs_never_overwrite_each_other(train):
     train.train('--model', 'nope', '--resume', '--max_iters', 2)  # the newest
     assert checkpoint(train.folder / 'out/nope-causal-code')['step'] == 2
     train.train('--model', 'nope', '--resume', '--n_layer', 3, code=2)
-    assert '--resume cannot change n_layer: it is 2' in train.err
+    assert 'cannot change n_layer: it is 2' in train.err
     assert checkpoint(train.folder / 'out/nope-causal-code')['step'] == 2
 
 
@@ -456,11 +457,11 @@ def test_evaluate_only(train):
     train('train.py', '--eval_only', '--out_dir', out, '--data_dir', 'data', '--dataset', 'other', code=2)
     one_line(train.err, 'other', 'letters', 'bytes', '--dataset')
     train('train.py', '--eval_only', '--out_dir', out, '--objective', 'causal', code=2)
-    one_line(train.err, '--eval_only cannot change objective: it is masked')
+    one_line(train.err, 'cannot change objective: it is masked')
     train('train.py', '--eval_only', '--out_dir', out, '--n_layer', 3, code=2)
-    one_line(train.err, '--eval_only cannot change n_layer: it is 2')
+    one_line(train.err, 'cannot change n_layer: it is 2')
     train('train.py', '--eval_only', '--out_dir', out, '--model', 'nope', code=2)
-    one_line(train.err, '--eval_only cannot change model: it is composite')
+    one_line(train.err, 'cannot change model: it is composite')
 
 
 def test_without_matplotlib(train):

@@ -1,0 +1,339 @@
+"""
+What train.py needs around the training: messages, the folder of a run, data, processes, devices, the command line.
+
+sample.py and the experiments use some of it too. Nothing here knows how a model learns.
+"""
+import argparse
+import csv
+import dataclasses
+import datetime
+import importlib
+import inspect
+import itertools
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+import torch.distributed as dist
+
+import prepare_data
+
+RANK = int(os.environ.get('RANK', 0))  # this process among all; torchrun sets these three
+LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))  # this process among those of its machine
+WORLD = int(os.environ.get('WORLD_SIZE', 1))  # number of processes
+
+
+def die(message, code=2):
+    """One line on stderr and exit: wrong input (2), said once per machine, or a failure (1), said by whoever has it."""
+    if LOCAL_RANK == 0 or code == 1:
+        print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def say(line):
+    """One line on stdout, said by one process."""
+    if RANK == 0:
+        print(line, flush=True)
+
+
+def one_line(error):
+    """The beginning of an error's text, in one line."""
+    return ' '.join(str(error).split())[:200]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the folder of a run
+
+FILES = ('config.json', 'log.csv', 'loss.png', 'ckpt_last.pt', 'ckpt_best.pt')
+COLUMNS = ('step', 'train_loss', 'val_loss', 'bits_per_byte', 'lr', 'grad_norm', 'ms', 'tokens_per_s')
+
+
+def write(path, put):
+    """put(file), written beside, flushed, renamed: a kill or a full disk leaves the old file or the new one, whole."""
+    beside = path.with_name(path.name + '.tmp')
+    try:
+        with open(beside, 'wb') as f:
+            put(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except RuntimeError as e:  # torch.save raises it when the disk is full
+        raise OSError(f'{path} could not be written: {str(e).splitlines()[0]}') from e
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        assert {'model', 'optimizer', 'config', 'settings', 'step'} <= set(checkpoint)
+        return checkpoint
+    except (RuntimeError, EOFError, OSError, TypeError, AssertionError, pickle.UnpicklingError) as e:
+        die(f'{path} is damaged, or no checkpoint of train.py: {type(e).__name__} {" ".join(str(e).split())[:100]}')
+
+
+def newest_run(name):
+    """The newest of out/<name>, out/<name>-2, ... that holds a checkpoint, or None."""
+    runs = [path.parent for path in Path('out').glob(f'{name}*/ckpt_last.pt')]
+    runs = [path for path in runs if re.fullmatch(rf'{re.escape(name)}(-\d+)?', path.name)]
+    return str(max(runs, key=lambda path: os.path.getmtime(path / 'ckpt_last.pt'))) if runs else None
+
+
+def open_run(settings, flags, peers):
+    """-> the run's folder, the same on every process, and the checkpoint to go on from, or None."""
+    name = f'{settings.model}-{settings.objective}-{settings.dataset}'
+    out = Path(flags.out_dir or Path('out', name))
+    if out.exists() and not out.is_dir():
+        die(f'--out_dir {out} is a file; it must be a folder, or the name of one to make')
+    if flags.eval_only:
+        return out, load_checkpoint(out / ('ckpt_best.pt' if (out / 'ckpt_best.pt').exists() else 'ckpt_last.pt'))
+    found = flags.resume and (out / 'ckpt_last.pt').exists()
+    if any_process(found, peers) and not found:
+        die(f'{out} holds a checkpoint on another machine and none here: share that folder', 1)
+    if found:
+        return out, load_checkpoint(out / 'ckpt_last.pt')
+    if flags.resume:
+        say(f'note: --resume found no checkpoint in {out}: this is a new run from step 0')
+    elif flags.out_dir and not flags.overwrite and any((out / file).exists() for file in FILES):
+        die(f'{out} holds a run: add --resume to go on with it, --overwrite to delete it, or name another --out_dir')
+    any_process(False, peers)  # all have looked before one writes
+    if RANK == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for n in itertools.count(2):
+            try:
+                out.mkdir(exist_ok=bool(flags.out_dir))  # several runs at once: each folder goes to the first
+                break
+            except FileExistsError:
+                out = Path('out', f'{name}-{n}')
+        for file in FILES if flags.overwrite else ():
+            (out / file).unlink(missing_ok=True)
+    if WORLD > 1:
+        box = [out]
+        dist.broadcast_object_list(box, group=peers)
+        out = box[0]
+    return out, None
+
+
+def start_log(run, step):
+    """Write the header, or cut log.csv back to the rows before the checkpoint of `step`.
+
+    True: a validation of this very step was logged. Its row is removed, because it is made again.
+    """
+    path, rows, again = run.out / 'log.csv', [], False
+    if RANK == 0:
+        if step and path.exists():
+            rows = path.read_bytes().splitlines(keepends=True)[1:]
+            rows = [row for row in rows if int(row.split(b',')[0]) <= step]
+        if rows and rows[-1].startswith(b'%d,,' % step):  # no train_loss: a validation
+            rows.pop()
+            again = True
+        header = ','.join(COLUMNS).encode() + b'\r\n'
+        write(path, lambda f: f.writelines([header, *rows]))
+    return any_process(again, run.peers)
+
+
+def log(run, **row):
+    if RANK == 0:
+        row = {name: f'{value:.6g}' if isinstance(value, float) else value for name, value in row.items()}
+        with open(run.out / 'log.csv', 'a', newline='', encoding='utf-8') as f:
+            csv.DictWriter(f, COLUMNS).writerow(row)
+
+
+def plot(out):
+    """log.csv -> loss.png."""
+    if RANK:
+        return
+    if not find_spec('matplotlib'):
+        return say('no loss.png: matplotlib is not installed')
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    with open(out / 'log.csv', encoding='utf-8') as f:
+        rows = list(csv.DictReader(f))
+    fig, ax = plt.subplots(figsize=(7, 4))
+    for name, marker in (('train_loss', None), ('val_loss', '.')):
+        logged = [row for row in rows if row[name]]
+        ax.plot([int(row['step']) for row in logged], [float(row[name]) for row in logged], marker=marker, label=name)
+    ax.set(xlabel='step', ylabel='loss (nats per token)', title=out.name)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.savefig(out / 'loss.png', dpi=120, bbox_inches='tight')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data, processes, signals, devices
+
+def load_data(settings, peers):
+    """-> meta.json as a dict, train and validation tokens as memory maps; prepares them first if they are missing."""
+    folder, failed = Path(settings.data_dir, settings.dataset), None
+    if RANK == 0 and not (folder / 'meta.json').exists():
+        try:
+            prepare_data.prepare(settings.dataset, data_dir=settings.data_dir)
+        except SystemExit as e:  # it has said why; the other processes wait for the answer
+            failed = e.code
+    if any_process(failed is not None, peers):
+        sys.exit(failed or 2)
+    if not (folder / 'meta.json').exists():
+        die(f'{folder} is missing on this machine: prepare it here too, or share the folder')
+    return prepare_data.load(folder)
+
+
+def join_processes(device):
+    """-> a gloo group of the processes that torchrun has started, or None for one process."""
+    if WORLD == 1:
+        return None
+    cuda = device.type == 'cuda'
+    dist.init_process_group('nccl' if cuda else 'gloo', device_id=device if cuda else None)
+    return dist.new_group(backend='gloo', timeout=datetime.timedelta(days=1))  # others wait while one prepares the data
+
+
+def any_process(flag, peers):
+    """True on every process if `flag` is true on one; also keeps them in step. By gloo: no GPU is waited for."""
+    if WORLD == 1:
+        return flag
+    flag = torch.tensor(float(flag))
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=peers)
+    return flag.item() > 0
+
+
+def catch_signals():
+    """-> a list to which SIGINT and SIGTERM add themselves; the loop looks at it between steps."""
+    signals = []
+
+    def on_signal(number, _):
+        if WORLD == 1 and number in signals:
+            os._exit(128 + number)  # sent twice: exit at once, with the checkpoint that there is
+        signals.append(number)
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    return signals
+
+
+def choose_device(settings):
+    """-> torch.device, autocast dtype, whether to compile. Every choice is printed."""
+    best = 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if torch.cuda.is_available():
+        best = f'cuda:{LOCAL_RANK}'
+    use_best = settings.device == 'auto' or (settings.device == 'cuda' and best.startswith('cuda'))
+    try:
+        device = torch.device(best if use_best else settings.device)
+        assert device.type in ('cuda', 'mps', 'cpu'), 'only cuda, mps and cpu are'
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:  # perhaps on this process alone, so it prints whichever it is
+        print(f'train.py: --device {settings.device} is not supported here; auto would take {best}. '
+              f'{str(e).splitlines()[0]}', file=sys.stderr)
+        sys.exit(2)
+    cuda = device.type == 'cuda'
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')
+    has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if settings.dtype == 'bfloat16' and cuda and not has_bf16:
+        die('--dtype bfloat16 is not supported by this GPU; allowed: auto, float32')
+    bf16 = settings.dtype == 'bfloat16' or (settings.dtype == 'auto' and has_bf16)
+    lacks = compile_lacks(settings, device)
+    if settings.compile == 'on' and lacks:
+        die(f'--compile on needs {lacks}, which is not here; allowed: auto, off')
+    compiled = settings.compile != 'off' and not lacks
+
+    kind = torch.cuda.get_device_name(device) if cuda else f'{torch.get_num_threads()} threads'
+    processes = f' x {WORLD} processes' if WORLD > 1 else ''
+    precision = 'bfloat16' if bf16 else 'float32 (TF32 products)' if cuda else 'float32'
+    reason = f' (no {lacks})' if settings.compile == 'auto' and not compiled else ''
+    say(f'device {device} ({kind}){processes}, {precision}, compile {"on" if compiled else "off"}{reason}')
+    return device, torch.bfloat16 if bf16 else torch.float32, compiled
+
+
+def compile_lacks(settings, device):
+    """What torch.compile needs and does not find here, or None."""
+    if device.type == 'cuda' and not find_spec('triton'):
+        return 'Triton'
+    if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (7, 0):
+        return 'compute capability 7.0'
+    if device.type != 'cuda' and settings.compile == 'auto':
+        return 'CUDA'
+    if not any(shutil.which(compiler) for compiler in ('cc', 'gcc', 'clang')):
+        return 'C compiler'
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, and a flag for each field of a dataclass; the comment at the field is its help."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, add_help=False)
+
+    def error(self, message):
+        die(f'{message} (see python train.py --help)')
+
+    def add_fields(self, cls, title):
+        notes = dict(re.findall(r'^    (\w+):.*?  # (.*)$', inspect.getsource(cls), re.M))
+        types = get_type_hints(cls)
+        for name, value in vars(cls).items():
+            if not name.startswith('_') and name not in types and not hasattr(value, '__get__'):
+                die(f'{title}: the field {name} of {cls.__name__} needs a type and a comment, which becomes its help: '
+                    f'{name}: {type(value).__name__} = {value!r}  # what it does')
+        group = self.add_argument_group(title)
+        for field in dataclasses.fields(cls):
+            kind, flag = types[field.name], f'--{field.name}'
+            how = dict(type=kind, metavar=getattr(kind, '__name__', ''))
+            if kind is bool:
+                how = dict(action=argparse.BooleanOptionalAction)
+            elif get_origin(kind) is Literal:
+                how = dict(choices=get_args(kind), type=type(get_args(kind)[0]))
+            elif kind not in (int, float, str):
+                flag = None
+            if flag is None or flag in self._option_string_actions:
+                die(f'{title}: the field {field.name} of {cls.__name__} must be bool, int, float, str or Literal[...], '
+                    'and no other flag may have its name')
+            note = f'{notes.get(field.name, "")} (default {field.default!r})'.replace('%', '%%')
+            group.add_argument(flag, default=field.default, help=note, **how)
+
+
+def load_model_file(name):
+    """Import model_<name>.py, which stands beside train.py or in baselines/."""
+    here = Path(__file__).resolve().parent
+    for folder in (here, here / 'baselines'):
+        if (folder / f'model_{name}.py').is_file():
+            sys.path.insert(0, str(folder))
+            return importlib.import_module(f'model_{name}')
+    found = sorted(here.glob('model_*.py')) + sorted(here.glob('baselines/model_*.py'))
+    die(f'there is no model_{name}.py; --model may be {", ".join(path.stem[6:] for path in found)}')
+
+
+def read_config(path):
+    try:
+        values = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        die(f'--config {path} cannot be read: {e}')
+    return values if isinstance(values, dict) else die(f'--config {path} must hold a JSON object of settings')
+
+
+def drop_other_scheme(file, model):
+    """Take the fields out of a config.json that its own model has and `model` has not, and say which."""
+    if str(file.get('model', model)) == model:
+        return
+    ours = get_type_hints(load_model_file(model).Config)
+    theirs = get_type_hints(load_model_file(file['model']).Config)
+    dropped = [name for name in file if name in theirs and theirs[name] != ours.get(name)]
+    for name in dropped:
+        del file[name]
+    if dropped:
+        say(f'note: --config is of model {file["model"]}; model {model} has no {", ".join(dropped)}: dropped')
+
+
+def as_flags(values):
+    """A preset or a config.json as the flags that say the same: one parser checks them all."""
+    return [f'--no-{k}' if v is False else f'--{k}' if v is True else f'--{k}={v}' for k, v in values.items()]

@@ -24,14 +24,14 @@ import stability  # noqa: E402
 
 def test_compare(run, data_dir):
     """A table row and a curve for each scheme and seed; what is trained is not trained again."""
-    words = ['experiments/compare.py', '--schemes', 'none', 'conv-all', '--objectives', 'causal', '--seeds', 2, '--dataset', 'code', '--results', 'results',
+    words = ['experiments/compare.py', '--schemes', 'nope', 'conv-all', '--objectives', 'causal', '--seeds', 2, '--dataset', 'code', '--results', 'results',
              '--train', '--data_dir', data_dir, *TINY, '--max_iters', 3, '--eval_interval', 2]
-    words[1:1] = ['--against', 'none']
+    words[1:1] = ['--against', 'nope']
     first = run(*words).out
-    assert '| causal | conv-all | ' in first.split('more than none')[1] and first.split('more than none')[1].count('| causal |') == 1
-    assert first.count('causal none seed') == first.count('causal conv-all seed') == 2 and first.count('| causal |') == 3
+    assert '| causal | conv-all | ' in first.split('more than nope')[1] and first.split('more than nope')[1].count('| causal |') == 1
+    assert first.count('causal nope seed') == first.count('causal conv-all seed') == 2 and first.count('| causal |') == 3
     table = list((run.folder / 'results').glob('*.csv'))[0]
-    rows = list(csv.DictReader(open(table)))
+    rows = list(lib.read_csv(table))
     assert [int(r['step']) for r in rows] == [0, 2, 3] * 4 and all(4 < float(r['val_loss']) < 6 for r in rows)
     assert list((run.folder / 'results').glob('*.png'))[0].read_bytes()[:4] == b'\x89PNG'
     made = {p: p.stat().st_mtime for p in (run.folder / 'out/compare').glob('*/ckpt_last.pt')}
@@ -56,10 +56,10 @@ def test_p_value():
 
 
 def test_short_names(capsys):
-    assert lib.short_names(['out/compare/x-1-causal-none-1', 'out/compare/x-1-causal-none-2', 'out/nope-causal-python']) == ['none-1', 'none-2', 'nope-causal-python']
+    assert lib.short_names(['out/compare/x-1-causal-nope-1', 'out/compare/x-1-causal-nope-2', 'out/nope-causal-python']) == ['nope-1', 'nope-2', 'nope-causal-python']
     with pytest.raises(SystemExit):
-        lib.short_names(['out/compare/x-causal-none-1', 'out/compare/y-causal-none-1'])
-    assert capsys.readouterr().err.endswith('2 are called none-1\n')
+        lib.short_names(['out/compare/x-causal-nope-1', 'out/compare/y-causal-nope-1'])
+    assert capsys.readouterr().err.endswith('2 are called nope-1\n')
 
 
 @pytest.mark.skipif(not (CORPORA / 'tiktoken_cache').is_dir(), reason=f'no tiktoken cache in {CORPORA} (set CORPORA)')
@@ -166,15 +166,15 @@ def test_what_extrapolate_scores():
 
 
 def test_extrapolate(train):
-    for scheme, words in {'none': ['nope'], 'absolute': ['nope', '--absolute'], 'nprf+rpe': ['kernelized']}.items():
+    for scheme, words in {'nope': ['nope'], 'absolute': ['nope', '--absolute'], 'nprf+rpe': ['kernelized']}.items():
         train.train('--model', *words, '--max_iters', 2, '--out_dir', f'compare/x-causal-{scheme}-1')
-    train.train('--model', 'nope', '--max_iters', 2, '--seed', 2, '--out_dir', 'compare/x-causal-none-2')
-    train('experiments/extrapolate.py', *(f'compare/x-causal-{run}' for run in ('none-1', 'none-2', 'absolute-1', 'nprf+rpe-1')), '--quick', '--data_dir', train.words[1], '--results', 'results')
+    train.train('--model', 'nope', '--max_iters', 2, '--seed', 2, '--out_dir', 'compare/x-causal-nope-2')
+    train('experiments/extrapolate.py', *(f'compare/x-causal-{run}' for run in ('nope-1', 'nope-2', 'absolute-1', 'nprf+rpe-1')), '--quick', '--data_dir', train.words[1], '--results', 'results')
     rows = written(train, 'extrapolate-quick')
     loss = {(r['scheme'], int(r['times'])): float(r['loss']) for r in rows}
-    assert len(rows) == 16 and [r['seed'] for r in rows if r['scheme'] == 'none' and r['times'] == '8'] == ['1', '2']
+    assert len(rows) == 16 and [r['seed'] for r in rows if r['scheme'] == 'nope' and r['times'] == '8'] == ['1', '2']
     assert all(math.isnan(loss['absolute', times]) for times in (2, 4, 8))
-    assert all(4 < loss[scheme, times] < 7 for scheme in ('none', 'nprf+rpe') for times in (1, 2, 4, 8)) and 'ends at 1x' in train.out
+    assert all(4 < loss[scheme, times] < 7 for scheme in ('nope', 'nprf+rpe') for times in (1, 2, 4, 8)) and 'ends at 1x' in train.out
     train.train('--model', 'nope', '--objective', 'masked', '--max_iters', 2, '--out_dir', 'm')
     train('experiments/extrapolate.py', 'm', '--data_dir', train.words[1], code=2)
     assert 'extrapolate.py: m is a masked model' in train.err

@@ -63,7 +63,7 @@ QUICK = ('--max_iters 60 --n_layer 2 --n_embd 64 --batch_size 16 --warmup_iters 
          '--eval_tokens 16384').split()
 OURS = '--objective --dataset --seed --out_dir --resume --overwrite'.split()  # flags of train.py that are set here
 SAME_CURVE = 'device compile data_dir micro_batch_size log_interval checkpoint_interval vocab_size'.split()
-LOG_LINE = re.compile(r'step +(\d+/\d+) +loss ([\d.]+) .* ((?:\d+ days?, )?[\d:]+) left')  # as train.py prints it
+LOG_LINE = re.compile(r'step +(\d+/\d+)  loss ([\d.]+)  .*  (.+) left$')  # as train.py prints it
 
 
 def colors(names):

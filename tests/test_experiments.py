@@ -37,7 +37,7 @@ def written(folder, name):
 
 @pytest.fixture(scope='module')
 def compared(tmp_path_factory, data_dir):
-    """compare.py has trained nope and a scheme that it does not know, two seeds each; .out and .err are what it said."""
+    """compare.py has trained nope and a scheme it does not know, two seeds each; .out and .err are what it said."""
     run = Run(tmp_path_factory.mktemp('compared'))
     run.data = ['--data_dir', data_dir, '--dataset', 'code', *TINY]
     run.words = ['experiments/compare.py', '--schemes', 'nope', OWN, '--against', 'nope', '--objectives', 'causal',
@@ -224,7 +224,8 @@ def test_every_script_with_quick_is_tested():
 def test_quick_sizes(monkeypatch):
     """Defaults that --quick makes smaller; a flag wins over both."""
     probes = importlib.import_module('probe_position')
-    for flags, (n_layer, steps) in {(): (12, 2000), ('--quick',): (4, 200), ('--quick', '--steps', '7'): (4, 7)}.items():
+    sizes = {(): (12, 2000), ('--quick',): (4, 200), ('--quick', '--steps', '7'): (4, 7)}
+    for flags, (n_layer, steps) in sizes.items():
         monkeypatch.setattr(sys, 'argv', ['probe_position.py', *flags])
         args = probes.arguments()
         assert (args.n_layer, args.steps) == (n_layer, steps)
@@ -285,7 +286,7 @@ def test_kernels(more_runs, data_dir, tmp_path):
 
 
 def test_extrapolate(more_runs, data_dir):
-    """A line per scheme with all its seeds; an unknown scheme comes last; no value beyond absolute positions."""
+    """A line per scheme with all its seeds; an unknown scheme comes last; absolute positions end at 1x."""
     outs = [f'out/compare/tiny-causal-{name}' for name in ('mine-1', 'nope-1', 'nope-2', 'absolute-1')]
     more_runs('experiments/extrapolate.py', *outs, '--texts', 8, '--data_dir', data_dir, '--results', 'results')
     rows = written(more_runs.folder / 'results', 'extrapolate')

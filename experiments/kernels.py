@@ -94,8 +94,8 @@ def draw(found, title):
     fig, axes = pyplot().subplots(1, len(found), figsize=size, squeeze=False, layout='constrained')
     for ax, (kind, (values, names, offsets)) in zip(axes[0], found.items()):
         largest = values.abs().max().item() or 1
-        image = ax.imshow(values, aspect='auto', cmap='RdBu_r', vmin=-largest, vmax=largest, interpolation='nearest',
-                          extent=(offsets[0] - 0.5, offsets[-1] + 0.5, len(names) - 0.5, -0.5))
+        image = ax.imshow(values.numpy(), aspect='auto', cmap='RdBu_r', vmin=-largest, vmax=largest,
+                          interpolation='nearest', extent=(offsets[0] - 0.5, offsets[-1] + 0.5, len(names) - 0.5, -0.5))
         ax.set(title=kind, xlabel='offset j - i (tokens)')
         ax.set_xticks(offsets[len(offsets) // 2 % 2::max(2, len(offsets) // 8)])
         if len(names) <= 64:

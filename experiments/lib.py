@@ -1,6 +1,7 @@
-"""What several experiments share: prepared text, a training loop of a few lines, and where results go."""
+"""What several experiments share: prepared text, a short training loop, names of runs, and where results go."""
 import csv
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -14,27 +15,40 @@ from sample import die  # noqa: E402
 
 
 def text(dataset, data_dir='data'):
-    """-> ids to train on, ids to validate on (numpy memory maps), meta; prepares a known data set that is missing."""
+    """-> ids to train on, ids to validate on (numpy memory maps), meta. Prepares a known data set that is missing."""
     from prepare_data import prepare
     folder = Path(data_dir, dataset)
     if not (folder / 'meta.json').is_file():
         prepare(dataset, data_dir=data_dir)
     meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-    return *(np.memmap(folder / f'{split}.bin', dtype=meta['dtype'], mode='r') for split in ('train', 'val')), meta
+    train = np.memmap(folder / 'train.bin', dtype=meta['dtype'], mode='r')
+    val = np.memmap(folder / 'val.bin', dtype=meta['dtype'], mode='r')
+    return train, val, meta
 
 
 def rows(ids, starts, T, device='cpu'):
     """The T + 1 ids from each start: inputs (B, T) and the tokens that follow them (B, T)."""
-    x = torch.from_numpy(np.stack([ids[s:s + T + 1] for s in starts]).astype(np.int64)).to(device)
+    x = torch.from_numpy(np.stack([ids[s:s + T + 1] for s in starts]).astype(np.int64)).to(device)  # (B, T+1)
     return x[:, :-1], x[:, 1:]
 
 
 def optimise(model, ids, steps, batch_size=16, learning_rate=3e-3, warmup=40, seed=1, device='cpu'):
-    """Train as train.py does (AdamW, warm-up, cosine to 0, clipping at 1), yielding (step, loss, gradient norm before clipping)."""
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)], lr=learning_rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * np.cos(np.pi * max(0, s - warmup) / max(1, steps - warmup))))
-    T, generator = model.config.block_size, np.random.default_rng(seed)
+    """Train as train.py does: AdamW, warm-up, cosine to 0, clipping at 1.
+
+    Yields (step, loss, gradient norm before clipping).
+    """
+    def rate(step):
+        """As a share of learning_rate."""
+        done = max(0, step - warmup) / max(1, steps - warmup)
+        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * done))
+
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    generator = np.random.default_rng(seed)
+    T = model.config.block_size
     model.train()
     for step in range(1, steps + 1):
         x, y = rows(ids, generator.integers(len(ids) - T, size=batch_size), T, device)
@@ -52,52 +66,90 @@ def optimise(model, ids, steps, batch_size=16, learning_rate=3e-3, warmup=40, se
 def validation(model, ids, T, tokens=16384, batch_size=16, device='cpu'):
     """Mean loss in nats per token over the first `tokens` tokens, in texts of T."""
     starts = range(0, min(tokens, len(ids) - 1) // T * T, T)
-    losses = [model(*rows(ids, starts[i:i + batch_size], T, device))[1].item() * len(starts[i:i + batch_size]) for i in range(0, len(starts), batch_size)]
-    return sum(losses) / len(starts)
+    total = 0.0
+    for i in range(0, len(starts), batch_size):
+        batch = starts[i:i + batch_size]
+        total += model(*rows(ids, batch, T, device))[1].item() * len(batch)
+    return total / len(starts)
 
 
 def short_names(outs):
-    """The names of runs' folders; of those that compare.py has trained, <setting>-<objective>-<scheme>-<seed>, the last two parts."""
+    """The names of the runs' folders; of compare.py's <name>-<objective>-<scheme>-<seed>, the last two parts."""
     paths = [Path(out).resolve() for out in outs]
-    names = [re.sub(r'.*-(causal|masked)-', '', path.name) if path.parent.name == 'compare' else path.name for path in paths]
+    names = []
+    for path in paths:
+        ours = path.parent.name == 'compare'
+        names.append(re.sub(r'.*-(causal|masked)-', '', path.name) if ours else path.name)
     for name in names:
         if names.count(name) > 1:
-            die(f'one run of each name, and of one data set and objective: {names.count(name)} are called {name}')
+            die(f'each run needs a name of its own (one data set and one objective at a time), but '
+                f'{names.count(name)} are called {name}')
     return names
 
 
 def positive(word):
-    """What argparse makes of a number that must be 1 or more."""
-    if int(word) < 1:
+    """The argparse type of a number that must be 1 or more."""
+    number = int(word)
+    if number < 1:
         raise ValueError
-    return int(word)
+    return number
 
 
 def common_flags(parser, quick, dataset=True):
-    """The flags that experiments have in common; `quick` says what --quick does."""
+    """Add the flags that experiments have in common. `quick` is the help of --quick; None: there is no such flag."""
     if dataset:
         parser.add_argument('--dataset', default='python', help='default python')
         parser.add_argument('--data_dir', default='data', help='default data')
-    parser.add_argument('--quick', action='store_true', help=quick)
-    parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
+    if quick:
+        parser.add_argument('--quick', action='store_true', help=quick)
+    place = 'experiments/results, or out/quick with --quick' if quick else 'experiments/results'
+    parser.add_argument('--results', help=f'folder of the table and the picture (default {place})')
 
 
-def write_csv(folder, name, header, rows):
-    """-> path of folder/name.csv; floats with five digits."""
+def parse(parser, sizes=None):
+    """The command line's arguments.
+
+    --quick writes to out/quick: experiments/results holds the full settings. sizes {flag: (value, value with --quick)}
+    are the defaults that differ.
+    """
+    args = parser.parse_args()
+    quick = getattr(args, 'quick', False)
+    for name, (full, small) in (sizes or {}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, small if quick else full)
+    if args.results is None:
+        args.results = str(Path('out', 'quick') if quick else REPO / 'experiments' / 'results')
+    return args
+
+
+def write_csv(folder, name, header, rows, comment=None):
+    """-> path of folder/name.csv; floats with five digits. The comment, if any, is the first line, after `# `."""
     path = Path(folder, f'{name}.csv')
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'w', newline='', encoding='utf-8') as f:
-        csv.writer(f).writerows([header, *([f'{x:.5g}' if isinstance(x, float) else x for x in row] for row in rows)])
+        if comment:
+            f.write(f'# {comment}\r\n')
+        writer = csv.writer(f)
+        writer.writerow(header)
+        for row in rows:
+            writer.writerow([f'{x:.5g}' if isinstance(x, float) else x for x in row])
     return path
 
 
+def read_csv(path):
+    """The rows of a table as dicts of strings, without the comment in its first line."""
+    with open(path, newline='', encoding='utf-8') as f:
+        return list(csv.DictReader(line for line in f if not line.startswith('# ')))
+
+
 def save(fig, path):
-    """The picture beside the table at path."""
+    """Write the picture beside the table at path."""
     fig.savefig(path.with_suffix('.png'), dpi=120)
     print(f'\nwrote {path} and its .png')
 
 
 def pyplot():
+    """matplotlib's pyplot, which needs no screen here."""
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt

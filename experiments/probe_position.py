@@ -1,42 +1,50 @@
 """
 Where does a frozen Transformer hold the position of a token, and can it be read? Probes at three taps of every layer.
 
-    python experiments/probe_position.py --quick                    # about two minutes on two CPU cores: 4 layers of 128, 128 tokens
-    python experiments/probe_position.py                            # the paper's size, 12 layers of 768, 512 tokens: wants a GPU
+    python experiments/probe_position.py --quick    # about two minutes on two CPU cores: 4 layers of 128, 128 tokens
+    python experiments/probe_position.py            # the paper's size, 12 layers of 768, 512 tokens: needs a GPU
     python experiments/probe_position.py --quick --out_dir out/nope-causal-python out/composite-causal-python --shuffled
-    python experiments/probe_position.py --quick --model composite --vocab_size 256     # another scheme, few kinds of tokens
+    python experiments/probe_position.py --quick --model composite --vocab_size 256    # another scheme, few kinds
 
-Answers the probe of Chi et al. 2023 (a random, frozen model knows positions) and Figure 2 of Haviv et al. 2022 (error per layer of
-a trained one). Taps: the attention's output o_m, the residual stream after it, the stream after the MLP (of layer 0: the embedding).
-Error: mean absolute error in tokens on sequences the probes did not see; who always says the middle errs by L/4.
-  MLP         two layers with ReLU, the position as L sigmoid(.), trained on the absolute error (a softmax over positions, as
-              Haviv's, came out worse with few sequences)
+Answers the probe of Chi et al. 2023 (a random, frozen model knows positions) and Figure 2 of Haviv et al. 2022 (error
+per layer of a trained one). Taps: the attention's output o_m, the residual stream after it, the stream after the MLP
+(of layer 0: the embedding). Error: mean absolute error in tokens on sequences the probes did not see; always answering
+the middle has an error of L/4.
+  MLP         two layers with ReLU, the position as L sigmoid(.), trained on the absolute error (a softmax over
+              positions, as in Haviv et al., was worse with few sequences)
   linear      ridge regression in closed form
   log-norm    the length of the vector alone, in 64 bins: the median position of each
-The first layer of a random model writes position into a variance, an even function: a linear probe finds nothing there and little
-later, and an MLP wants many sequences. They are fresh at every step, and so is the test. Trained runs read their own validation text,
-the first 4/5 to train, the rest to test. The table names the kinds of tokens: with few, their mean vector stands out against the
-noise, and a linear probe reads more from layer 2 on: so each run is also probed before its training, from the same text. Controls:
-initial weights 10 times as large, no causal mask, and --shuffled: the tokens of each test sequence in random order, the probes as before.
-Found with --quick (the middle: 32 tokens off): 9.0 by the length of o_m in layer 1, 17.3 by the MLP, 32.2 by the linear probe; without
-a mask 32 everywhere; with large weights 32 in layer 1, and 28 at best in later ones. Order hardly matters, except to a trained kernelized model.
-Writes experiments/results/probe_position[-quick][-<model>][-trained].png and .csv.
+The first layer of a random model writes position into a variance, an even function: a linear probe finds nothing there
+and little later, and an MLP needs many sequences. They are new at every step, and so is the test. Trained runs read
+their own validation text, the first 4/5 to train, the rest to test. The table names the kinds of tokens: with few,
+their mean vector stands out against the noise, and a linear probe reads more from layer 2 on. So each run is also
+probed before its training, on the same text. Controls: initial weights 10 times as large, no causal mask, and
+--shuffled: the tokens of each test sequence in random order, the probes as before.
+Found with --quick (the middle: 32 tokens): 9.0 by the length of o_m in layer 1, 17.3 by the MLP, 32.2 by the linear
+probe; without a mask 32 everywhere; with large weights 32 in layer 1, and 28 at best in later ones. Order hardly
+matters, except to a trained kernelized model.
+Writes experiments/results/probe_position[-<model>][-trained].png and .csv; with --quick
+out/quick/probe_position-quick[-<model>][-trained].
 """
 import argparse
 import math
-import sys
 import textwrap
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from attention_variance import before_training, random_model
-from lib import REPO, positive, pyplot, short_names, text, write_csv
+from lib import REPO, common_flags, parse, positive, pyplot, save, short_names, text, write_csv
 
 from sample import load_run
 
 TAPS = ('attention output', 'after attention', 'after MLP')
 PROBES = ('MLP', 'linear', 'log-norm')
+SIZES = {'n_embd': (768, 128, 'width of the random model'), 'n_head': (12, 4, 'its heads'),  # full, with --quick, help
+         'n_layer': (12, 4, 'its layers'), 'block_size': (512, 128, 'tokens in its sequences'),
+         'steps': (2000, 200, 'of training the probes'), 'batch': (32, 8, 'sequences in a step'),
+         'test': (256, 64, 'sequences'), 'hidden': (256, 128, 'ReLUs of the MLP')}
+HEADER = ('model', 'tokens', 'layer', 'tap', 'probe', 'error', 'always the middle')
 
 
 @torch.no_grad()
@@ -59,13 +67,17 @@ def length(x):
 
 
 def train_probes(model, fresh, args):
-    """Probes of all taps at once, on the sequences (batch, T) that fresh() draws -> a function: idx (B, T) to positions (3, taps, B T)."""
-    idx = fresh()
-    x, T = states(model, idx), idx.size(1)
+    """Probes of all taps at once, on the sequences (batch, T) that fresh() draws.
+
+    -> a function: idx (B, T) to positions (3 probes, taps, B T).
+    """
+    x = states(model, fresh())
     taps, _, C = x.shape
-    mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True).clamp_min(1e-12)  # of each channel; the length survives it
+    mean = x.mean(1, keepdim=True)  # of each channel; the length survives it
+    std = x.std(1, keepdim=True).clamp_min(1e-12)
     torch.manual_seed(args.seed)
-    net = [torch.randn(taps, C, args.hidden) / math.sqrt(C), *(torch.zeros(taps, *size) for size in ((1, args.hidden), (args.hidden, 1), (1, 1)))]
+    net = [torch.randn(taps, C, args.hidden) / math.sqrt(C), torch.zeros(taps, 1, args.hidden),
+           torch.zeros(taps, args.hidden, 1), torch.zeros(taps, 1, 1)]
     net = [p.to(x.device).requires_grad_() for p in net]
     optimizer = torch.optim.Adam(net, lr=args.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
@@ -74,36 +86,47 @@ def train_probes(model, fresh, args):
         z = torch.baddbmm(net[1], z, net[0]).relu()
         return torch.baddbmm(net[3], z, net[2])[..., 0].sigmoid()
 
-    xx, xy, lengths = 0, 0, []
+    xx = torch.zeros(taps, C + 1, C + 1, dtype=torch.float64, device=x.device)
+    xy = torch.zeros(taps, C + 1, 1, dtype=torch.float64, device=x.device)
+    lengths = []
     for step in range(args.steps):
         idx = fresh()
+        B, T = idx.shape
         x = states(model, idx)
         z = (x - mean) / std
-        m = torch.arange(1, T + 1, device=x.device).repeat(len(idx)) / T  # (N,), N = batch T
+        m = torch.arange(1, T + 1, device=x.device).repeat(B) / T  # (B T,)
         loss = (mlp(z) - m).abs().mean(1).sum()  # each tap's probe has its own weights: their sum trains them apart
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         w = F.pad(z, (0, 1), value=1)  # the last weight is a bias
-        xx, xy = xx + (w.mT @ w).double(), xy + (w.mT @ m[:, None]).double()
-        if step * len(m) < 2 ** 20:  # enough for the medians
+        xx += w.mT @ w
+        xy += w.mT @ m[:, None]
+        if step * B * T < 2 ** 20:  # enough for the medians
             lengths.append(length(x))
-    ridge = 1e-3 * args.steps * len(m) * torch.eye(C + 1, dtype=xx.dtype, device=xx.device)  # the channels have variance 1
+    eye = torch.eye(C + 1, dtype=xx.dtype, device=xx.device)
+    ridge = 1e-3 * args.steps * B * T * eye  # the channels have variance 1
     linear = torch.linalg.solve(xx + ridge, xy).float()  # (taps, C+1, 1)
-    lengths = torch.cat(lengths, 1)
-    bins = lengths.argsort(1).tensor_split(64, 1)
-    edges = torch.cat([lengths.gather(1, which[:, :1]) for which in bins[1:]], 1)  # (taps, 63)
-    medians = torch.stack([(which % T + 1).float().median(1).values for which in bins], 1)  # (taps, 64); entry n of lengths is at position n % T + 1
+    edges, medians = length_bins(torch.cat(lengths, 1), T)
 
     @torch.no_grad()
     def predict(idx):
         x = states(model, idx)
         z = (x - mean) / std
+        by_regression = (F.pad(z, (0, 1), value=1) @ linear)[..., 0].clamp(0, 1) * T
         by_length = medians.gather(1, torch.searchsorted(edges, length(x)))
-        return torch.stack((mlp(z) * T, (F.pad(z, (0, 1), value=1) @ linear)[..., 0].clamp(0, 1) * T, by_length))
+        return torch.stack((mlp(z) * T, by_regression, by_length))
 
     return predict
+
+
+def length_bins(lengths, T):
+    """lengths (taps, N), entry n at position n % T + 1 -> edges of 64 bins (taps, 63), median positions (taps, 64)."""
+    bins = lengths.argsort(1).tensor_split(64, 1)
+    edges = torch.cat([lengths.gather(1, which[:, :1]) for which in bins[1:]], 1)
+    medians = torch.stack([(which % T + 1).float().median(1).values for which in bins], 1)
+    return edges, medians
 
 
 def errors(predict, test, batch):
@@ -113,15 +136,22 @@ def errors(predict, test, batch):
     return sum(parts) / test.numel()
 
 
-def draw(rows, path):
-    chance = {r[:2]: r[6] for r in rows if not r[0].endswith('shuffled')}  # (model, tokens): the error of the middle
-    down, wide = -(-len(chance) // 3), min(3, len(chance))
-    fig, axes = pyplot().subplots(down, wide, figsize=(4.8 * wide, 4 * down), squeeze=False, layout='constrained')
+def draw(rows):
+    """Rows of the CSV -> a figure with a panel for each model, not shuffled."""
+    chance = {}  # {(model, tokens): error of always answering the middle}
+    for row in rows:
+        if not row[0].endswith('shuffled'):
+            chance[row[:2]] = row[6]
+    down = -(-len(chance) // 3)
+    wide = min(3, len(chance))
+    size = (4.8 * wide, 4 * down)
+    fig, axes = pyplot().subplots(down, wide, figsize=size, squeeze=False, layout='constrained')
     for ax, case in zip(axes.flat, chance):
         for tap, color in zip(TAPS, ('C0', 'C1', 'C2')):
             for probe, style in zip(PROBES, ('o-', ':', '^--')):
-                line = zip(*((r[2], r[5]) for r in rows if r[:2] == case and r[3:5] == (tap, probe)))
-                ax.plot(*line, style, color=color, lw=1.2, ms=3.5, label=f'{tap}, {probe}')
+                line = [row for row in rows if row[:2] == case and row[3:5] == (tap, probe)]
+                ax.plot([row[2] for row in line], [row[5] for row in line], style, color=color, lw=1.2, ms=3.5,
+                        label=f'{tap}, {probe}')
         ax.axhline(chance[case], color='k', lw=1, ls='-.', label='always the middle')
         ax.set(xlabel='layer (0: the embedding)', ylabel='mean absolute error, tokens', ylim=(0, 1.15 * chance[case]))
         ax.set_title('\n'.join(textwrap.fill(name, 60) for name in case), fontsize=8)
@@ -130,71 +160,107 @@ def draw(rows, path):
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', fontsize=8, ncols=5)
     for ax in axes.flat[len(chance):]:
         ax.set_axis_off()
-    fig.savefig(path, dpi=120)
+    return fig
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument('--quick', action='store_true', help='a smaller model and fewer steps')
-    models = sorted(p.stem[6:] for p in REPO.glob('model_*.py'))
-    parser.add_argument('--model', choices=models, help='probe random models of this file (default nope, if there is no --out_dir)')
-    for name, full, quick, note in (('n_embd', 768, 128, 'width of the random model'), ('n_head', 12, 4, 'its heads'), ('n_layer', 12, 4, 'its layers'),
-                                    ('block_size', 512, 128, 'tokens in its sequences'), ('steps', 2000, 200, 'of training the probes'),
-                                    ('batch', 32, 8, 'sequences in a step'), ('test', 256, 64, 'sequences'), ('hidden', 256, 128, 'ReLUs of the MLP')):
-        parser.add_argument(f'--{name}', type=positive, default=(full, quick)['--quick' in sys.argv], help=f'{note} (default {full}, {quick} with --quick)')
+def probe(name, tokens, model, fresh, test, generator, args):
+    """Train probes on what fresh() draws and test them -> rows of the CSV; with --shuffled two tests."""
+    predict = train_probes(model, fresh, args)
+    tests = {name: test}
+    if args.shuffled:
+        tests[f'{name}, test shuffled'] = test.gather(1, torch.rand(test.shape, generator=generator).argsort(1))
+    middle = test.size(1) / 4
+    rows = []
+    for name, idx in tests.items():
+        found = errors(predict, idx, args.batch)  # (3 probes, taps)
+        print(f'{name}: the best error at a tap is {found.min():.1f}, the middle has {middle:g}', flush=True)
+        for probe_name, (embedding, *others) in zip(PROBES, found.tolist()):
+            rows.append((name, tokens, 0, TAPS[-1], probe_name, embedding, middle))
+            for i, error in enumerate(others):
+                rows.append((name, tokens, 1 + i // 3, TAPS[i % 3], probe_name, error, middle))
+    return rows
+
+
+def probe_random(args):
+    """Rows for random models: as they are, with large weights, without the mask."""
+    scheme = args.model or 'nope'
+    rows = []
+    for what, times, causal in (('', 1, True), (', weights x 10', 10, True), (', no causal mask', 1, False)):
+        model = random_model(scheme, args.sigma * times, args.seed, args.device, causal=causal,
+                             vocab_size=args.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
+                             block_size=args.block_size)
+        generator = torch.Generator().manual_seed(args.seed)
+
+        def draw_tokens(n):
+            return torch.randint(args.vocab_size, (n, args.block_size), generator=generator)
+        rows += probe(f'random {scheme}{what}', f'{args.vocab_size} kinds, random', model,
+                      lambda: draw_tokens(args.batch), draw_tokens(args.test), generator, args)
+    return rows
+
+
+def probe_trained(name, out_dir, args):
+    """Rows for a run before and after its training."""
+    model, checkpoint = load_run(out_dir, None, args.device)
+    T = model.config.block_size
+    val = torch.from_numpy(text(checkpoint['settings']['dataset'], args.data_dir)[1].astype(np.int64))
+    val, rest = val.tensor_split([len(val) * 4 // 5])
+    test = rest[:len(rest) // T * T].view(-1, T)
+    test = test[torch.linspace(0, len(test) - 1, min(len(test), args.test)).long()]  # from all over it
+    tokens = f'{checkpoint["meta"]["vocab_size"]} kinds, text'
+    rows = []
+    for what, which in (('before training', before_training(model, checkpoint)), ('trained', model)):
+        generator = torch.Generator().manual_seed(args.seed)
+
+        def draw_windows():
+            starts = torch.randint(len(val) - T + 1, (args.batch, 1), generator=generator)
+            return val[starts + torch.arange(T)]  # (batch, T)
+        rows += probe(f'{what}: {name}', tokens, which, draw_windows, test, generator, args)
+    return rows
+
+
+def print_table(rows):
+    heads = ' | '.join(f'{tap}: MLP / linear / log-norm' for tap in TAPS)
+    print(f'\n| model | tokens | layer | {heads} | always the middle |\n|' + '---|' * 7)
+    for name, tokens, layer, middle in dict.fromkeys((*row[:3], row[6]) for row in rows):
+        cells = []
+        for tap in TAPS:
+            cells.append(' / '.join(f'{row[5]:.1f}' for row in rows if row[:4] == (name, tokens, layer, tap)))
+        print(f'| {name} | {tokens} | {layer} | {" | ".join(cells)} | {middle:g} |')
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = sorted(path.stem[6:] for path in REPO.glob('model_*.py'))
+    parser.add_argument('--model', choices=models,
+                        help='probe random models of this file (default nope, if there is no --out_dir)')
+    for name, (full, quick, note) in SIZES.items():
+        parser.add_argument(f'--{name}', type=positive, help=f'{note} (default {full}, {quick} with --quick)')
     parser.add_argument('--learning_rate', type=float, default=1e-2, help='of the MLP (default 0.01)')
     parser.add_argument('--sigma', type=float, default=0.02, help='of the initial weights at width 768 (default 0.02)')
     parser.add_argument('--vocab_size', type=positive, default=50304, help='kinds of random tokens (default 50304)')
     parser.add_argument('--out_dir', nargs='+', default=[], help='folders of trained runs, of any model')
     parser.add_argument('--data_dir', default='data', help='where their prepared text is (default data)')
-    parser.add_argument('--shuffled', action='store_true', help="each test once more, its sequences' tokens in random order")
+    parser.add_argument('--shuffled', action='store_true',
+                        help='each test once more, with the tokens of its sequences in random order')
     parser.add_argument('--seed', type=int, default=1, help='of weights, tokens and probes (default 1)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
-    args = parser.parse_args()
+    common_flags(parser, 'a smaller model and fewer steps', dataset=False)
+    return parse(parser, {name: (full, quick) for name, (full, quick, _) in SIZES.items()})
+
+
+def main():
+    args = arguments()
     names = short_names(args.out_dir)
     print(f'on {args.device}', flush=True)
-    rows = []  # (model, tokens, layer, tap, probe, error, chance)
-
-    def probe(name, tokens, model, fresh, test):
-        predict = train_probes(model, fresh, args)
-        mixed = test.gather(1, torch.rand(test.shape, generator=generator).argsort(1))
-        for name, test in ((name, test), (f'{name}, test shuffled', mixed))[:1 + args.shuffled]:
-            found = errors(predict, test, args.batch)
-            print(f'{name}: the best error at a tap is {found.min():.1f}, the middle has {test.size(1) / 4:g}', flush=True)
-            for p, line in zip(PROBES, found.tolist()):
-                rows.append((name, tokens, 0, TAPS[-1], p, line[0], test.size(1) / 4))
-                rows.extend((name, tokens, 1 + i // 3, TAPS[i % 3], p, error, test.size(1) / 4) for i, error in enumerate(line[1:]))
-
+    rows = []
     if args.model or not args.out_dir:
-        for name, sigma, causal in (('', 1, True), (', weights x 10', 10, True), (', no causal mask', 1, False)):
-            model = random_model(args.model or 'nope', args.sigma * sigma, args.seed, args.device, causal=causal, vocab_size=args.vocab_size,
-                                 n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.block_size)
-            generator = torch.Generator().manual_seed(args.seed)
-            tokens = lambda n: torch.randint(args.vocab_size, (n, args.block_size), generator=generator)
-            probe(f'random {args.model or "nope"}{name}', f'{args.vocab_size} kinds, random', model, lambda: tokens(args.batch), tokens(args.test))
+        rows += probe_random(args)
     for name, out_dir in zip(names, args.out_dir):
-        model, checkpoint = load_run(out_dir, None, args.device)
-        T = model.config.block_size
-        val = torch.from_numpy(text(checkpoint['settings']['dataset'], args.data_dir)[1].astype(np.int64))
-        val, rest = val.tensor_split([len(val) * 4 // 5])
-        test = rest[:len(rest) // T * T].view(-1, T)
-        test = test[torch.linspace(0, len(test) - 1, min(len(test), args.test)).long()]  # from all over it
-        for label, seen in ((f'before training: {name}', before_training(model, checkpoint)), (f'trained: {name}', model)):
-            generator = torch.Generator().manual_seed(args.seed)
-            windows = lambda: val[torch.randint(len(val) - T + 1, (args.batch, 1), generator=generator) + torch.arange(T)]
-            probe(label, f'{checkpoint["meta"]["vocab_size"]} kinds, text', seen, windows, test)
-
-    label = '-'.join(['probe_position', *(['quick'] if args.quick else []), *([args.model] if args.model else []), *(['trained'] if args.out_dir else [])])
-    path = write_csv(args.results, label, ('model', 'tokens', 'layer', 'tap', 'probe', 'error', 'always the middle'), rows)
-    draw(rows, path.with_suffix('.png'))
-
-    heads = [f'{tap}: {" / ".join(PROBES)}' for tap in TAPS]
-    print(f'\n| model | tokens | layer | {" | ".join(heads)} | always the middle |\n|{"---|" * 7}')
-    for name, tokens, layer, chance in dict.fromkeys((*r[:3], r[6]) for r in rows):
-        cells = [' / '.join(f'{r[5]:.1f}' for r in rows if r[:4] == (name, tokens, layer, tap)) for tap in TAPS]
-        print(f'| {name} | {tokens} | {layer} | {" | ".join(cells)} | {chance:g} |')
-    print(f'\nwrote {path} and its .png')
+        rows += probe_trained(name, out_dir, args)
+    parts = ['probe_position', 'quick' if args.quick else '', args.model, 'trained' if args.out_dir else '']
+    path = write_csv(args.results, '-'.join(part for part in parts if part), HEADER, rows)
+    print_table(rows)
+    save(draw(rows), path)
 
 
 if __name__ == '__main__':

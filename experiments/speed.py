@@ -1,26 +1,28 @@
 """
 Time and memory of every form of attention over the length of the text, and of a whole training step of every model.
 
-    python experiments/speed.py --quick              # a CPU, small, a few minutes
-    python experiments/speed.py                      # a GPU: 32,768 tokens, 12 heads of 64, m = 64, bf16, n = 512 ... 65,536
-    python experiments/speed.py --steps              # training steps of every model at GPT-2 124M size (with --quick: the tiny preset)
-    python experiments/speed.py --convs              # conv1d against shifted multiply-adds, both layouts
+    python experiments/speed.py --quick    # small, a few minutes on a CPU
+    python experiments/speed.py            # on a GPU: 32,768 tokens, 12 heads of 64, m = 64, bf16, n = 512 ... 65,536
+    python experiments/speed.py --steps    # training steps of every model at GPT-2 124M size (--quick: the tiny preset)
+    python experiments/speed.py --convs    # conv1d against shifted multiply-adds, both layouts
 
-Answers Figure 1a of Luo et al. 2021 (forward time over n, one head of 64 on a V100: softmax 51.8 ms at 32k, kernelized by FFT with m = 32
-29.3 ms), with what stands against it today: flash attention. Kernelized forms start from q and k, features included. All forms of one length
-are timed in turns, so that their ratios belong to one moment; each figure is the median.
-Writes experiments/results/speed-<device>.csv and .png (or speed-steps-, speed-convs-<device>.csv).
+Answers Figure 1a of Luo et al. 2021 (forward time over n, one head of 64 on a V100: softmax 51.8 ms at 32k, kernelized
+by FFT with m = 32 29.3 ms), with what it competes with today: flash attention. Kernelized forms start from q and k,
+features included. All forms of one length are timed in turns, so that their ratios belong to one moment; each figure is
+the median. A form without enough memory is left out, and said so.
+Writes experiments/results/speed-<device>.csv, again after each length, and .png (or speed-steps-<device>.csv,
+speed-convs-<device>.csv); with --quick in out/quick.
 """
 import argparse
-import csv
 import math
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lib import REPO, positive, pyplot
+from lib import common_flags, parse, positive, pyplot, save, write_csv
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model_composite as composite
@@ -41,42 +43,55 @@ def plain_fft(q, k, v, b):
     return (y[..., :-1] / y[..., -1:]).to(v.dtype)
 
 
-def forms(device, hs, compiled):
-    """{name: (function of q, k, v, dynamic, fixed, b, w; largest n it is asked for, by memory)}; all causal."""
-    wrap = torch.compile if compiled else lambda f, **_: f
+def with_backend(which):
+    """torch's attention by one of its backends, as a form (see forms)."""
+    def attention(q, k, v, *_):
+        with sdpa_kernel(which):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return attention
 
-    def backend(which):
-        def attention(q, k, v, *_):
-            with sdpa_kernel(which):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return attention
 
-    def explicit(q, k, v, *_):
-        mask = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).tril()
-        return (q @ k.transpose(2, 3) / math.sqrt(hs)).masked_fill(~mask, float('-inf')).softmax(-1) @ v
+def explicit(q, k, v, *_):
+    """Softmax attention with its matrix written out."""
+    n, hs = q.shape[2:]
+    mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+    return (q @ k.transpose(2, 3) / math.sqrt(hs)).masked_fill(~mask, float('-inf')).softmax(-1) @ v
 
-    def with_features(form):
-        def attention(q, k, v, dynamic, fixed, b, w):
-            with torch.autocast(device, torch.bfloat16, enabled=gpu):  # as in training: the features are float32, their products bfloat16
-                q, k = (kernelized.features(F.normalize(x, dim=-1, eps=1e-4), w) for x in (q, k))
-                return form(q, k, v, b)
-        return attention
-    gpu = device == 'cuda'
 
-    def with_table(form):
-        def attention(q, k, v, dynamic, fixed, *_):
-            return form(q, k, v, q @ dynamic.T.to(q.dtype) / math.sqrt(hs) + fixed[:, None])  # (B, nh, n, 2k+1)
-        return attention
-    return {
-        'softmax, explicit matrix': (explicit, 8192 if gpu else 2048),
-        'softmax, flash': (backend(SDPBackend.FLASH_ATTENTION), 10 ** 9),
-        **({'softmax, cuDNN': (backend(SDPBackend.CUDNN_ATTENTION), 10 ** 9)} if gpu else {}),
-        'composite, dense': (wrap(with_table(composite.attend_dense), dynamic=False), 8192 if gpu else 2048),
-        'composite, far + near': (wrap(with_table(composite.attend_fast), dynamic=False), 10 ** 9),
-        'kernelized, dense': (wrap(with_features(kernelized.attend_dense), dynamic=False), 8192 if gpu else 2048),
+def with_features(form):
+    def attention(q, k, v, dynamic, fixed, b, w):
+        # as in training on a GPU: the features are float32, their products bfloat16
+        with torch.autocast(q.device.type, torch.bfloat16, enabled=q.is_cuda):
+            q = kernelized.features(F.normalize(q, dim=-1, eps=1e-4), w)
+            k = kernelized.features(F.normalize(k, dim=-1, eps=1e-4), w)
+            return form(q, k, v, b)
+    return attention
+
+
+def with_kernel_scores(form):
+    def attention(q, k, v, dynamic, fixed, *_):
+        scores = q @ dynamic.T.to(q.dtype) / math.sqrt(q.size(-1)) + fixed[:, None]  # (B, nh, n, 2k+1)
+        return form(q, k, v, scores)
+    return attention
+
+
+def forms(gpu):
+    """{name: (function of q, k, v, dynamic, fixed, b, w; largest n it is run at, by memory)}; all causal."""
+    def compiled(f):
+        return torch.compile(f, dynamic=False) if gpu else f
+    any_n = 10 ** 9
+    matrix = 8192 if gpu else 2048  # of n x n numbers per head
+    known = {'softmax, explicit matrix': (explicit, matrix),
+             'softmax, flash': (with_backend(SDPBackend.FLASH_ATTENTION), any_n)}
+    if gpu:
+        known['softmax, cuDNN'] = (with_backend(SDPBackend.CUDNN_ATTENTION), any_n)
+    return known | {
+        'composite, dense': (compiled(with_kernel_scores(composite.attend_dense)), matrix),
+        'composite, far + near': (compiled(with_kernel_scores(composite.attend_fast)), any_n),
+        'kernelized, dense': (compiled(with_features(kernelized.attend_dense)), matrix),
         'kernelized, plain FFT': (with_features(plain_fft), 32768 if gpu else 2048),
-        'kernelized, FFT': (with_features(kernelized.attend_fft), 10 ** 9),
-        'kernelized, chunked': (wrap(with_features(kernelized.attend_chunked), dynamic=False), 10 ** 9),
+        'kernelized, FFT': (with_features(kernelized.attend_fft), any_n),
+        'kernelized, chunked': (compiled(with_features(kernelized.attend_chunked)), any_n),
     }
 
 
@@ -87,124 +102,175 @@ def clock(device):
 
 
 def alternate(jobs, device, repeats):
-    """{name: median seconds} of each job, taken in turns after a first run of each; a job without memory is left out."""
-    times = {}
-    for r in range(repeats + 1):
-        for name, job in list(jobs.items()):
+    """{name: median seconds} of jobs that run in turns, after a first run of each; one without memory is left out."""
+    times = {name: [] for name in jobs}
+    for repeat in range(repeats + 1):
+        for name in list(times):
             start = clock(device)
             try:
-                job()
+                jobs[name]()
             except torch.OutOfMemoryError:
-                print(f'{name}: out of memory')
-                del jobs[name]
+                print(f'{name}: out of memory while it was timed, left out', flush=True)
+                del times[name]
                 continue
-            if r:
-                times.setdefault(name, []).append(clock(device) - start)
+            if repeat:
+                times[name].append(clock(device) - start)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def attention(args, device):
-    """Rows (n, form, forward ms, forward and backward ms, peak GiB above the inputs, tokens in all texts)."""
-    gpu, rows = device == 'cuda', []
-    tokens, nh, hs, m = (4096, 4, 32, 64) if args.quick or not gpu else (32768, 12, 64, 64)
-    tokens = args.tokens or tokens
-    dtype, repeats = (torch.bfloat16, 10) if gpu else (torch.float32, 3)
-    for n in args.lengths or ([512, 1024, 2048, 4096] if args.quick or not gpu else [2 ** i for i in range(9, 17)]):
-        torch._dynamo.reset()
-        shape = (max(1, tokens // n), nh, n)
-        q, k, v = (torch.randn(*shape, hs, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-        learned = [torch.randn(*size, device=device).mul_(0.1).requires_grad_() for size in ((17, hs), (nh, 17), (nh, 257))]  # dynamic, fixed, b
-        inputs = [q, k, v, *learned, torch.randn(m, hs, device=device)]
-        grad = torch.randn_like(q)
-        known = {name: f for name, (f, most) in forms(device, hs, gpu).items() if n <= most}
+def forward_backward(f, inputs, grad):
+    f(*inputs).backward(grad)
+    for x in inputs:
+        x.grad = None
 
-        def both(f):
-            f(*inputs).backward(grad)
-            for x in inputs:
-                x.grad = None
-        peak = {}
-        for name, f in list(known.items()):  # memory, and compilation before the clock runs
-            try:
-                both(f)
-                if gpu:
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                    both(f)
-            except torch.OutOfMemoryError:
-                print(f'n = {n}: {name}: out of memory')
-                del known[name]
-                continue
-            peak[name] = (torch.cuda.max_memory_allocated() - before) / 2 ** 30 if gpu else math.nan
-        with torch.no_grad():
-            forward = alternate({name: lambda f=f: f(*inputs) for name, f in known.items()}, device, repeats)
-        whole = alternate({name: lambda f=f: both(f) for name, f in known.items()}, device, repeats)
-        for name in whole:
-            rows.append((n, name, forward[name] * 1e3, whole[name] * 1e3, peak[name], shape[0] * n))
-            print(f'n = {n:6d}  {name:26s} forward {forward[name] * 1e3:9.3f} ms  forward+backward {whole[name] * 1e3:9.3f} ms  '
-                  f'{whole[name] / whole["softmax, flash"]:7.2f}x flash' + (f'  peak {peak[name]:6.2f} GiB' if gpu else ''), flush=True)
-    return ('n', 'form', 'forward_ms', 'forward_backward_ms', 'peak_gib', 'tokens'), rows
+
+@torch.no_grad()
+def forward_only(f, inputs):
+    f(*inputs)
+
+
+def peak_memory(f, inputs, grad, gpu):
+    """GiB above the inputs, forward and backward; NaN on a CPU. Also compiles f before the clock runs."""
+    forward_backward(f, inputs, grad)
+    if not gpu:
+        return math.nan
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    forward_backward(f, inputs, grad)
+    return (torch.cuda.max_memory_allocated() - before) / 2 ** 30
+
+
+def at_length(n, tokens, args, device):
+    """Rows (n, form, forward ms, forward and backward ms, peak GiB above the inputs, tokens in all texts)."""
+    gpu = device == 'cuda'
+    nh, hs, m = (12, 64, 64) if gpu and not args.quick else (4, 32, 64)
+    dtype = torch.bfloat16 if gpu else torch.float32
+    torch._dynamo.reset()
+    shape = (max(1, tokens // n), nh, n)
+    q, k, v = (torch.randn(*shape, hs, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    learned = []
+    for size in ((17, hs), (nh, 17), (nh, 257)):  # dynamic, fixed, b
+        learned.append(torch.randn(*size, device=device).mul_(0.1).requires_grad_())
+    inputs = [q, k, v, *learned, torch.randn(m, hs, device=device)]
+    grad = torch.randn_like(q)
+    known = {}
+    peak = {}
+    for name, (form, largest) in forms(gpu).items():
+        if n > largest:
+            continue
+        try:
+            peak[name] = peak_memory(form, inputs, grad, gpu)
+            known[name] = form
+        except torch.OutOfMemoryError:
+            print(f'n = {n}: {name}: out of memory', flush=True)
+    repeats = 10 if gpu else 3
+    forward = alternate({name: partial(forward_only, f, inputs) for name, f in known.items()}, device, repeats)
+    both = {name: partial(forward_backward, known[name], inputs, grad) for name in forward}
+    whole = alternate(both, device, repeats)
+    return [(n, name, forward[name] * 1e3, whole[name] * 1e3, peak[name], shape[0] * n) for name in whole]
+
+
+def attention(args, device, write):
+    """Measure every form at every length -> rows as in at_length. write(header, rows) is called after each length."""
+    small = args.quick or device == 'cpu'
+    tokens = args.tokens or (4096 if small else 32768)
+    lengths = args.lengths or [2 ** i for i in (range(9, 13) if small else range(9, 17))]
+    rows = []
+    for n in lengths:
+        rows += at_length(n, tokens, args, device)
+        write(('n', 'form', 'forward_ms', 'forward_backward_ms', 'peak_gib', 'tokens'), rows)
+        here = [row for row in rows if row[0] == n]
+        flash = next((row[3] for row in here if row[1] == 'softmax, flash'), math.nan)
+        for _, name, forward, whole, peak, _ in here:
+            memory = '' if math.isnan(peak) else f'  peak {peak:6.2f} GiB'
+            print(f'n = {n:6d}  {name:26s} forward {forward:9.3f} ms  forward+backward {whole:9.3f} ms  '
+                  f'{whole / flash:7.2f}x flash{memory}', flush=True)
+    return rows
 
 
 def crossovers(rows):
     """From which n on each form is no slower than flash attention, forward and backward."""
     flash = {n: whole for n, name, _, whole, *_ in rows if name == 'softmax, flash'}
-    print('\n| form | no slower than flash attention from n = | times flash at each n (forward + backward) |\n|---|---|---|')
+    print('\n| form | no slower than flash attention from n = | times flash at each n (forward + backward) |')
+    print('|---|---|---|')
     for form in dict.fromkeys(name for _, name, *_ in rows):
-        ratio = {n: whole / flash[n] for n, name, _, whole, *_ in rows if name == form}
+        ratio = {n: whole / flash[n] for n, name, _, whole, *_ in rows if name == form and n in flash}
         first = next((n for n in ratio if all(r <= 1 for m, r in ratio.items() if m >= n)), 'never here')
-        print(f'| {form} | {first} | {", ".join(f"{n}: {r:.2f}" for n, r in ratio.items())} |')
+        ratios = ', '.join(f'{n}: {r:.2f}' for n, r in ratio.items())
+        print(f'| {form} | {first} | {ratios} |')
 
 
-def plot(rows, title, path):
-    plt, memory = pyplot(), not math.isnan(rows[0][4])
-    fig, axes = plt.subplots(1, 2 + memory, figsize=(5.2 * (2 + memory), 4.2), layout='constrained')
-    for ax, column, label in zip(axes, (2, 3, 4), ('forward', 'forward + backward', 'peak memory above the inputs')):
+def draw(rows, title):
+    panels = [(2, 'forward (us per token)', 1e3), (3, 'forward + backward (us per token)', 1e3)]
+    if not math.isnan(rows[0][4]):
+        panels.append((4, 'peak memory above the inputs (KiB per token)', 2 ** 20))
+    size = (5.2 * len(panels), 4.2)
+    fig, axes = pyplot().subplots(1, len(panels), figsize=size, layout='constrained')
+    lengths = sorted({row[0] for row in rows})
+    for ax, (column, label, unit) in zip(axes, panels):
         for i, form in enumerate(dict.fromkeys(row[1] for row in rows)):
-            ax.plot(*zip(*((row[0], row[column] * (2 ** 20 if column == 4 else 1e3) / row[5]) for row in rows if row[1] == form)), 'o-', ms=3, color=f'C{i}', label=form)
-        ax.set(xscale='log', yscale='log', xlabel='n (tokens in a text)', ylabel=f'{label} ({"KiB" if column == 4 else "us"} per token)')
-        ax.set_xticks(lengths := sorted({row[0] for row in rows}), lengths)
+            line = [row for row in rows if row[1] == form]
+            ax.plot([row[0] for row in line], [row[column] * unit / row[5] for row in line], 'o-', ms=3,
+                    color=f'C{i}', label=form)
+        ax.set(xscale='log', yscale='log', xlabel='n (tokens in a text)', ylabel=label)
+        ax.set_xticks(lengths, lengths)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', fontsize=7, ncols=4)
     fig.suptitle(title)
-    fig.savefig(path, dpi=120)
+    return fig
 
 
-def steps(args, device):
-    """Rows (model, ms per training step, times nope): forward, backward and AdamW, the same batch, in turns."""
+def training_step(module, fields, size, B, device):
+    """-> a function that makes one step: forward, backward and AdamW, always on the same batch."""
     gpu = device == 'cuda'
-    size = dict(block_size=128) if args.quick or not gpu else dict(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768)
-    B = 24 if args.quick or not gpu else 32
+    model = module.Model(module.Config(**size, **fields)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=gpu)
+    run = torch.compile(model) if gpu else model
+    idx = torch.randint(size.get('vocab_size', 256), (B, size['block_size']), device=device)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=gpu):
+            run(idx, idx)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def steps(args, device, write):
+    """Time a training step of each model, in turns: rows (model, ms, times nope)."""
+    small = args.quick or device == 'cpu'
+    size = dict(block_size=128)
+    if not small:
+        size = dict(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768)
+    output_alone = dict(lightweight=False, dynamic=False, values=False, queries_keys=False, output=True)
     variants = {'nope': (nope, {}), 'composite': (composite, {}), 'conv': (conv, {}),
-                'conv, output alone': (conv, dict(lightweight=False, dynamic=False, values=False, queries_keys=False, output=True)), 'kernelized': (kernelized, {})}
+                'conv, output alone': (conv, output_alone), 'kernelized': (kernelized, {})}
     jobs = {}
     for name, (module, fields) in variants.items():
-        model = module.Model(module.Config(**size, **fields)).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=gpu)
-        run = torch.compile(model) if gpu else model
-        idx = torch.randint(size.get('vocab_size', 256), (B, size['block_size']), device=device)
-
-        def job(run=run, optimizer=optimizer, idx=idx):
-            with torch.autocast(device, torch.bfloat16, enabled=gpu):
-                run(idx, idx)[1].backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        for _ in range(3):  # compile and warm up
-            job()
-        jobs[name] = job
+        try:
+            jobs[name] = training_step(module, fields, size, 24 if small else 32, device)
+            for _ in range(3):  # compile and warm up
+                jobs[name]()
+        except torch.OutOfMemoryError:
+            print(f'{name}: out of memory', flush=True)
+            jobs.pop(name, None)
     times = alternate(jobs, device, 10)
-    rows = [(name, t * 1e3, t / times['nope']) for name, t in times.items()]
-    print('| model | ms per step | times nope |\n|---|---|---|\n' + '\n'.join(f'| {name} | {ms:.1f} | {ratio:.2f} |' for name, ms, ratio in rows))
-    return ('model', 'ms', 'times_nope'), rows
+    base = times.get('nope', math.nan)
+    rows = [(name, seconds * 1e3, seconds / base) for name, seconds in times.items()]
+    path = write(('model', 'ms', 'times_nope'), rows)
+    print('| model | ms per step | times nope |\n|---|---|---|')
+    for name, ms, ratio in rows:
+        print(f'| {name} | {ms:.1f} | {ratio:.2f} |')
+    print(f'\nwrote {path}')
 
 
-def convs(args, device):
-    """Rows (form, ms): a depthwise convolution of 17 taps, forward and backward, by conv1d in two layouts and by shifts."""
+def convs(args, device, write):
+    """Time a depthwise convolution of 17 taps, forward and backward, by conv1d in two layouts and by shifts."""
     gpu = device == 'cuda'
-    B, T, C, K = (8, 128, 128, 17) if args.quick or not gpu else (32, 1024, 768, 17)
+    B, T, C, K = (32, 1024, 768, 17) if gpu and not args.quick else (8, 128, 128, 17)
     x = torch.randn(B, T, C, device=device, dtype=torch.bfloat16 if gpu else torch.float32, requires_grad=True)
     w = torch.randn(C, K, device=device, dtype=x.dtype, requires_grad=True)
-    wrap = torch.compile if gpu else lambda f: f
 
     def contiguous(x, w):
         return F.conv1d(F.pad(x.transpose(1, 2).contiguous(), (K - 1, 0)), w[:, None], groups=C).transpose(1, 2)
@@ -212,45 +278,51 @@ def convs(args, device):
     def shifts(x, w):
         padded = F.pad(x, (0, 0, K - 1, 0))
         return sum(w[:, r] * padded[:, r:r + T] for r in range(K))
-    known = {'depthwise_conv (conv1d)': conv.depthwise_conv, 'conv1d, contiguous (B, C, T)': contiguous, 'conv1d, compiled': wrap(contiguous), 'shifts, compiled': wrap(shifts)}
-    if not gpu:
-        known = {name.replace(', compiled', ''): f for name, f in known.items() if name != 'conv1d, compiled'}
+    known = {'depthwise_conv (conv1d)': conv.depthwise_conv, 'conv1d, contiguous (B, C, T)': contiguous}
+    if gpu:
+        known['conv1d, compiled'] = torch.compile(contiguous)
+        known['shifts, compiled'] = torch.compile(shifts)
+    else:
+        known['shifts'] = shifts
+    jobs = {name: partial(forward_backward, f, (x, w), x.detach()) for name, f in known.items()}
+    for job in jobs.values():
+        job()
+    rows = [(name, seconds * 1e3) for name, seconds in alternate(jobs, device, 10).items()]
+    path = write(('form', 'forward_backward_ms'), rows)
+    print('| form | ms, forward and backward |\n|---|---|')
+    for name, ms in rows:
+        print(f'| {name} | {ms:.2f} |')
+    print(f'\nwrote {path}')
 
-    def both(f):
-        f(x, w).backward(x.detach())
-        x.grad = w.grad = None
-    for f in known.values():
-        both(f)
-    times = alternate({name: lambda f=f: both(f) for name, f in known.items()}, device, 10)
-    rows = [(name, t * 1e3) for name, t in times.items()]
-    print('| form | ms, forward and backward |\n|---|---|\n' + '\n'.join(f'| {name} | {ms:.2f} |' for name, ms in rows))
-    return ('form', 'forward_backward_ms'), rows
 
-
-def main():
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--quick', action='store_true', help='4,096 tokens, 4 heads of 32, n up to 4,096; always so on a CPU')
     parser.add_argument('--steps', action='store_true', help='training steps of whole models instead')
     parser.add_argument('--convs', action='store_true', help='forms of the depthwise convolution instead')
     parser.add_argument('--lengths', nargs='+', type=positive, help='n, tokens in a text (default: powers of two)')
-    parser.add_argument('--tokens', type=positive, help='in all texts together (default 32,768; 4,096 if quick)')
-    parser.add_argument('--results', default=str(REPO / 'experiments' / 'results'), help='folder of the table and the picture')
-    args = parser.parse_args()
+    parser.add_argument('--tokens', type=positive, help='in all texts together (default 32,768; 4,096 if small)')
+    common_flags(parser, '4,096 tokens, 4 heads of 32, n up to 4,096 (on a CPU the default, too)', dataset=False)
+    return parse(parser)
+
+
+def main():
+    args = arguments()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     name = torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} CPU threads'
-    print(f'{name}, torch {torch.__version__}')
+    print(f'{name}, torch {torch.__version__}', flush=True)
     torch.set_float32_matmul_precision('high')
     torch.manual_seed(0)
-    header, rows = (steps if args.steps else convs if args.convs else attention)(args, device)
-    kind = 'speed-steps' if args.steps else 'speed-convs' if args.convs else 'speed'
-    results = Path(args.results)
-    results.mkdir(parents=True, exist_ok=True)
-    with open(results / f'{kind}-{device}.csv', 'w', newline='', encoding='utf-8') as f:
-        csv.writer(f).writerows([header, *([x if not isinstance(x, float) else f'{x:.4g}' for x in row] for row in rows)])
-    if kind == 'speed':
+
+    def writer(kind):
+        return partial(write_csv, args.results, f'{kind}-{device}')
+    if args.steps:
+        steps(args, device, writer('speed-steps'))
+    elif args.convs:
+        convs(args, device, writer('speed-convs'))
+    else:
+        rows = attention(args, device, writer('speed'))
         crossovers(rows)
-        plot(rows, name, results / f'speed-{device}.png')
-    print(f'\nwrote {results / f"{kind}-{device}.csv"}')
+        save(draw(rows, name), Path(args.results, f'speed-{device}.csv'))
 
 
 if __name__ == '__main__':

@@ -1,9 +1,13 @@
-"""The experiments run, at a setting far too small to mean anything."""
-import csv
+"""The experiments run, at a setting far too small to mean anything, and refuse bad input before any work."""
+import importlib
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,144 +16,288 @@ import torch.nn.functional as F
 
 import model_kernelized
 import train as train_py
-from conftest import CORPORA, REPO, TINY
+from conftest import CORPORA, REPO, TINY, Run
 
 sys.path.insert(0, str(REPO / 'experiments'))
 import compare  # noqa: E402
 import convert  # noqa: E402
 import extrapolate  # noqa: E402
 import lib  # noqa: E402
+import speed  # noqa: E402
 import stability  # noqa: E402
 
+OWN = 'mine: --model composite --kernel_size 9'  # as a reader's own scheme is given: a name and flags
 
-def test_compare(run, data_dir):
-    """A table row and a curve for each scheme and seed; what is trained is not trained again."""
-    words = ['experiments/compare.py', '--schemes', 'none', 'conv-all', '--objectives', 'causal', '--seeds', 2, '--dataset', 'code', '--results', 'results',
-             '--train', '--data_dir', data_dir, *TINY, '--max_iters', 3, '--eval_interval', 2]
-    words[1:1] = ['--against', 'none']
-    first = run(*words).out
-    assert '| causal | conv-all | ' in first.split('more than none')[1] and first.split('more than none')[1].count('| causal |') == 1
-    assert first.count('causal none seed') == first.count('causal conv-all seed') == 2 and first.count('| causal |') == 3
-    table = list((run.folder / 'results').glob('*.csv'))[0]
-    rows = list(csv.DictReader(open(table)))
+
+def written(folder, name):
+    """Rows of folder/<name>.csv; there is a picture beside it."""
+    assert (folder / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
+    return lib.read_csv(folder / f'{name}.csv')
+
+
+@pytest.fixture(scope='module')
+def compared(tmp_path_factory, data_dir):
+    """compare.py has trained nope and a scheme it does not know, two seeds each; .out and .err are what it said."""
+    run = Run(tmp_path_factory.mktemp('compared'))
+    run.data = ['--data_dir', data_dir, '--dataset', 'code', *TINY]
+    run.words = ['experiments/compare.py', '--schemes', 'nope', OWN, '--against', 'nope', '--objectives', 'causal',
+                 '--seeds', 2, '--dataset', 'code', '--name', 'tiny', '--results', 'results',
+                 '--train', '--data_dir', data_dir, *TINY, '--max_iters', 3, '--eval_interval', 2]
+    run(*run.words)
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compare.py
+
+def test_compare(compared):
+    """A table row and a curve for each scheme and seed, a CSV that says how it was made; nothing is trained twice."""
+    out = compared.out
+    differences = out.split('more than nope')[1]
+    assert '| causal | mine | ' in differences and differences.count('| causal |') == 1
+    assert out.count('causal nope seed') == out.count('causal mine seed') == 2 and out.count('| causal |') == 3
+    rows = written(compared.folder / 'results', 'compare-tiny-causal')
     assert [int(r['step']) for r in rows] == [0, 2, 3] * 4 and all(4 < float(r['val_loss']) < 6 for r in rows)
-    assert list((run.folder / 'results').glob('*.png'))[0].read_bytes()[:4] == b'\x89PNG'
-    made = {p: p.stat().st_mtime for p in (run.folder / 'out/compare').glob('*/ckpt_last.pt')}
-    assert len(made) == 4 and run(*words).out == first and made == {p: p.stat().st_mtime for p in made}
+    first = (compared.folder / 'results/compare-tiny-causal.csv').read_text().splitlines()[0]
+    assert first.startswith("# python experiments/compare.py --schemes nope 'mine: --model composite --kernel_size 9' ")
+    assert '--max_iters 3' in first
+    made = {p: p.stat().st_mtime for p in (compared.folder / 'out/compare').glob('tiny-causal-*/ckpt_last.pt')}
+    again = Run(compared.folder)(*compared.words)
+    assert len(made) == 4 and again.out == out and made == {p: p.stat().st_mtime for p in made} and not again.err
+
+
+def test_compare_says_where_a_run_is(compared):
+    places = ('run 1 of 4: nope causal seed 1', 'run 2 of 4: nope causal seed 2', 'run 3 of 4: mine causal seed 1',
+              'run 4 of 4: mine causal seed 2')
+    for place in places:
+        lines = [line for line in compared.err.splitlines() if line.startswith(f'{place}, step 1/3, loss 5.')]
+        assert len(lines) == 1 and lines[0].endswith(' left'), compared.err
+
+
+def test_progress_on_a_terminal(monkeypatch, capsys):
+    """One line, written over; at most one a second; without the hours where there are none."""
+    clock = iter((0, 0, 0.5, 5, 5, 9, 9))
+    monkeypatch.setattr(compare.time, 'monotonic', lambda: next(clock))
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    tail = 'lr 1.00e-03  norm 0.51  17.3 ms  1,234 tokens/s'
+    compare.show_progress([f'step    10/1000  loss 2.5000  {tail}  0:02:40 left\n',
+                           f'step    20/1000  loss 2.4000  {tail}  0:02:30 left\n',
+                           'step    20/1000  val loss 2.3000 nats per token\n',
+                           f'step   400/1000  loss 1.8400  {tail}  MFU 40%  1 day, 0:02:10 left\n'], 'run 3 of 12: x')
+    assert capsys.readouterr().err.split('\r') == [
+        '', 'run 3 of 12: x, step 10/1000, loss 2.50, 02:40 left\033[K',
+        'run 3 of 12: x, step 400/1000, loss 1.84, 1 day, 0:02:10 left\033[K', '\033[K']
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--schemes', 'nope', 'nope: --model composite'], "'nope' is the name of a known scheme"),
+    (['--schemes', 'nope', 'mine'], "write your own as 'name: --model file'"),
+    (['--schemes', OWN, OWN], "'mine' is there twice"),
+    (['--schemes', 'a/b: --model nope'], "not 'a/b'"),
+    (['--schemes', "mine: --model 'nope"], "the flags of 'mine' cannot be read"),
+    (['--schemes', 'mine: --model no_such_file'], 'there is no model_no_such_file.py'),
+    (['--schemes', 'mine: --model nope --kernel_size 9'], 'unrecognized arguments: --kernel_size'),
+    (['--schemes', 'mine: --model composite --kernel_size many'], 'invalid int value'),
+    (['--schemes', 'mine: --model nope --seed 3'], 'must not set --seed'),
+    (['--train', '--dataset=other'], '--train must not set --dataset'),
+    (['--train', '--max_iters', '-1'], '--max_iters must be from 0'),
+    (['--name', 'a b'], '--name has letters'),
+    (['--schemes', 'nope', '--against', 'composite'], '--against needs a scheme that is among --schemes'),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_compare_refuses(words, message, monkeypatch, capsys, tmp_path):
+    """Before any training, in the last line on stderr and with exit code 2."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['compare.py', *words])
+    monkeypatch.setattr(compare, 'train_run', lambda *_: pytest.fail('trained'))
+    with pytest.raises(SystemExit) as stop:
+        compare.main()
+    assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_compare_refuses_a_run_of_other_settings(compared, monkeypatch, capsys):
+    """A name stands for one setting; where the data is and how often a line is printed are not part of it."""
+    monkeypatch.chdir(compared.folder)
+    monkeypatch.setattr(compare, 'train_run', lambda *_: pytest.fail('trained'))
+    words = [str(w) for w in compared.words[1:]]
+    monkeypatch.setattr(sys, 'argv', ['compare.py', *words, '--max_iters', '4'])
+    with pytest.raises(SystemExit) as stop:
+        compare.main()
+    assert stop.value.code == 2
+    assert 'tiny-causal-nope-1 was trained with max_iters 3, not 4: give' in capsys.readouterr().err
+    words[words.index(OWN)] = 'mine: --model composite --kernel_size 11'
+    monkeypatch.setattr(sys, 'argv', ['compare.py', *words])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert 'tiny-causal-mine-1 was trained with kernel_size 9, not 11' in capsys.readouterr().err
+    monkeypatch.setattr(sys, 'argv', ['compare.py', *map(str, compared.words[1:]), '--log_interval', '7'])
+    compare.main()
+
+
+def test_interrupted_comparison_goes_on(compared):
+    """Ctrl-C: the run saves and compare.py says where it stopped; the same command trains the rest only."""
+    words = ['experiments/compare.py', '--schemes', 'nope', '--objectives', 'causal', '--seeds', 1, '--dataset', 'code',
+             '--name', 'stopped', '--results', 'results', '--train', *compared.data[:2], *TINY, '--max_iters', 200]
+    process = Run(compared.folder).start(*words)
+    assert process.stderr.readline().startswith('run 1 of 1: nope causal seed 1, step 1/200')
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert err.endswith('compare.py: stopped in run 1 of 1: nope causal seed 1; the same command goes on there\n')
+    folder = compared.folder / 'out/compare/stopped-causal-nope-1'
+    step = torch.load(folder / 'ckpt_last.pt')['step']
+    before = (folder / 'log.csv').read_text()
+    assert 0 < step < 200
+    Run(compared.folder)(*words)
+    after = (folder / 'log.csv').read_text()
+    assert after.startswith(before) and torch.load(folder / 'ckpt_last.pt')['step'] == 200
+
+
+def test_a_failed_run_ends_the_comparison(monkeypatch, tmp_path, capsys):
+    """With its exit code, and the code of a shell where a signal ended it."""
+    monkeypatch.setattr(compare, 'REPO', tmp_path)
+    for end, code in (('sys.exit(3)', 3), ('os.kill(os.getpid(), 9)', 137)):
+        (tmp_path / 'train.py').write_text(f'import os, sys\n{end}\n')
+        with pytest.raises(SystemExit) as stop:
+            compare.train_run([], 'run 2 of 9: x')
+        assert stop.value.code == code and 'stopped in run 2 of 9: x' in capsys.readouterr().err
 
 
 def test_schemes(monkeypatch, tmp_path):
-    """Every scheme is a model of its own, and has a colour of its own."""
+    """Every scheme is a model of its own and has a colour of its own, and so have some that are not known."""
     monkeypatch.chdir(tmp_path)
     known = [str(train_py.resolve(words)[1:3]) for words in compare.SCHEMES.values()]
-    assert len(set(known)) == len(known) == len(set(compare.COLORS.values())) and list(compare.COLORS) == list(compare.SCHEMES)
+    assert len(set(known)) == len(known)
+    names = ['mine', *compare.SCHEMES, 'yours', 'theirs']
+    color = compare.colors(names)
+    assert list(color) == names and len(set(color.values())) == len(names)
+    assert color['nope'] == compare.colors(['nope'])['nope'], 'a scheme has the same colour in every picture'
+    assert compare.in_order(names) == [*compare.SCHEMES, 'mine', 'yours', 'theirs']
+    curves = {('causal', name): [[(0, 5.0), (1, 4.0), (2, 3.0)]] for name in names}
+    labels = compare.draw(curves, 'many').axes[1].get_yticklabels()
+    assert [label.get_text() for label in labels] == names
 
 
 def test_p_value():
-    """Against closed forms: two seeds (Cauchy), three seeds, and a value of the tables (n = 9: t = 2.306 is p = .05)."""
+    """Against closed forms: two seeds (Cauchy), three seeds; and a value of the tables (n = 9: t = 2.306, p = .05)."""
     assert compare.p_value([1., 3.]) == pytest.approx(1 - 2 / math.pi * math.atan(2), abs=1e-6)
     d = [0.2, 0.5, 0.9]
     t = sum(d) / 3 / np.std(d, ddof=1) * 3 ** 0.5
-    assert compare.p_value(d) == compare.p_value([-x for x in d]) == pytest.approx(1 - t / (t * t + 2) ** 0.5, abs=1e-6)
+    assert compare.p_value(d) == pytest.approx(1 - t / (t * t + 2) ** 0.5, abs=1e-6)
+    assert compare.p_value(d) == compare.p_value([-x for x in d])
     x = np.arange(9.) - 4
     assert compare.p_value(list(x + 2.306 * x.std(ddof=1) / 3)) == pytest.approx(0.05, abs=1e-4)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# what scripts share
+
 def test_short_names(capsys):
-    assert lib.short_names(['out/compare/x-1-causal-none-1', 'out/compare/x-1-causal-none-2', 'out/nope-causal-python']) == ['none-1', 'none-2', 'nope-causal-python']
+    runs = ['out/compare/x-1-causal-nope-1', 'out/compare/x-1-causal-nope-2', 'out/nope-causal-python']
+    assert lib.short_names(runs) == ['nope-1', 'nope-2', 'nope-causal-python']
     with pytest.raises(SystemExit):
-        lib.short_names(['out/compare/x-causal-none-1', 'out/compare/y-causal-none-1'])
-    assert capsys.readouterr().err.endswith('2 are called none-1\n')
+        lib.short_names(['out/compare/x-causal-nope-1', 'out/compare/y-causal-nope-1'])
+    assert capsys.readouterr().err.endswith('2 are called nope-1\n')
+
+
+@pytest.mark.parametrize('script, words', {
+    'attention_variance': [], 'compare': [], 'convert': [], 'extrapolate': ['out/a'], 'feature_error': [],
+    'finetune_glue': ['--out_dirs', 'out/a'], 'probe_position': [], 'speed': [], 'stability': []}.items())
+def test_quick_touches_no_tracked_file(script, words, monkeypatch):
+    """--quick writes to a folder that git ignores, the full setting to experiments/results, --results to any."""
+    module = importlib.import_module(script)
+    found = {}
+    for flags in ((), ('--quick',), ('--quick', '--results', 'mine')):
+        monkeypatch.setattr(sys, 'argv', [f'{script}.py', *words, *flags])
+        found[flags] = Path(module.arguments().results)
+    assert list(found.values()) == [REPO / 'experiments/results', Path('out/quick'), Path('mine')]
+    assert 'out/' in (REPO / '.gitignore').read_text().split()
+
+
+def test_every_script_with_quick_is_tested():
+    tested = test_quick_touches_no_tracked_file.pytestmark[0].args[1]
+    with_quick = {p.stem for p in (REPO / 'experiments').glob('*.py') if '--quick' in p.read_text(encoding='utf-8')}
+    others = {'lib', 'prepare_speed', 'curves', 'look_inside'}
+    assert with_quick - others == {script for script, _ in tested}
+
+
+def test_quick_sizes(monkeypatch):
+    """Defaults that --quick makes smaller; a flag wins over both."""
+    probes = importlib.import_module('probe_position')
+    sizes = {(): (12, 2000), ('--quick',): (4, 200), ('--quick', '--steps', '7'): (4, 7)}
+    for flags, (n_layer, steps) in sizes.items():
+        monkeypatch.setattr(sys, 'argv', ['probe_position.py', *flags])
+        args = probes.arguments()
+        assert (args.n_layer, args.steps) == (n_layer, steps)
+
+
+def test_recorded_results():
+    """Every recorded comparison says how it was made, and has the schemes that its command names."""
+    tables = list((REPO / 'experiments/results').glob('compare-*.csv'))
+    assert len(tables) >= 6
+    for path in tables:
+        first = path.read_text(encoding='utf-8').splitlines()[0]
+        schemes = first.split('--schemes ')[1].split(' --')[0].split()
+        assert first.startswith('# python experiments/compare.py ')
+        assert list(dict.fromkeys(row['scheme'] for row in lib.read_csv(path))) == schemes
 
 
 @pytest.mark.skipif(not (CORPORA / 'tiktoken_cache').is_dir(), reason=f'no tiktoken cache in {CORPORA} (set CORPORA)')
 def test_prepare_speed(run):
-    run('experiments/prepare_speed.py', '--path', CORPORA / 'shakespeare.txt', '--megabytes', 3, TIKTOKEN_CACHE_DIR=str(CORPORA / 'tiktoken_cache'))
+    run('experiments/prepare_speed.py', '--path', CORPORA / 'shakespeare.txt', '--megabytes', 3,
+        TIKTOKEN_CACHE_DIR=str(CORPORA / 'tiktoken_cache'))
     assert 'prepare_data.py 3 MB' in run.out and 'ratio' in run.out and 'peak memory' in run.out
 
 
-def written(run, name):
-    """Rows of results/<name>.csv; there is a picture beside it."""
-    assert (run.folder / f'results/{name}.png').read_bytes()[:4] == b'\x89PNG'
-    return list(csv.DictReader(open(run.folder / f'results/{name}.csv')))
+# ---------------------------------------------------------------------------------------------------------------------
+# kernels.py, extrapolate.py: on the runs that compare.py has trained, and two more
+
+@pytest.fixture(scope='module')
+def more_runs(compared):
+    """Beside those of compare.py: a causal run with absolute positions, a masked run of conv."""
+    run = Run(compared.folder)
+    short = [*compared.data, '--max_iters', 2]
+    run('train.py', *short, '--model', 'nope', '--absolute', '--out_dir', 'out/compare/tiny-causal-absolute-1')
+    conv = ['--model', 'conv', '--lightweight', '--output']
+    run('train.py', *short, *conv, '--objective', 'masked', '--out_dir', 'out/m')
+    return run
 
 
-def test_kernels(train):
-    train.train('--model', 'composite', '--max_iters', 2, '--out_dir', 'a')
-    checkpoint = torch.load(train.folder / 'a/ckpt_best.pt')
-    checkpoint['model']['h.1.attn.fixed'][0, 8 - 3] = 9.0  # layer 2, head 1 looks three tokens back
-    torch.save(checkpoint, train.folder / 'a/ckpt_best.pt')
-    train('experiments/kernels.py', '--out_dir', 'a', '--tokens', 256, '--data_dir', train.words[1], '--results', 'results')
-    rows = written(train, 'kernels-a-causal-code')
-    assert {r['kind'] for r in rows} == {'fixed', 'dynamic: mean', 'dynamic: spread'} and len(rows) == 3 * 2 * 2 * 9
-    assert {int(r['offset']) for r in rows} == set(range(-8, 1)), 'a causal model sees no offset above 0'
+def test_kernels(more_runs, data_dir, tmp_path):
+    mine = tmp_path / 'a'
+    shutil.copytree(more_runs.folder / 'out/compare/tiny-causal-mine-1', mine)
+    checkpoint = torch.load(mine / 'ckpt_best.pt')
+    checkpoint['model']['h.1.attn.fixed'][0, 4 - 3] = 9.0  # layer 2, head 1 looks three tokens back
+    torch.save(checkpoint, mine / 'ckpt_best.pt')
+    run = Run(tmp_path)
+    words = ['--tokens', 256, '--data_dir', data_dir, '--results', 'results']
+    run('experiments/kernels.py', '--out_dir', 'a', *words)
+    rows = written(tmp_path / 'results', 'kernels-a-causal-code')
+    assert {r['kind'] for r in rows} == {'fixed', 'dynamic: mean', 'dynamic: spread'} and len(rows) == 3 * 2 * 2 * 5
+    assert {int(r['offset']) for r in rows} == set(range(-4, 1)), 'a causal model sees no offset above 0'
     top = max((r for r in rows if r['kind'] == 'fixed'), key=lambda r: float(r['value']))
     assert (top['row'], top['offset']) == ('layer 2, head 1', '-3')
-    train.train('--model', 'conv', '--objective', 'masked', '--max_iters', 2, '--lightweight', '--output', '--out_dir', 'b')
-    train('experiments/kernels.py', '--out_dir', 'b', '--tokens', 256, '--data_dir', train.words[1], '--results', 'results')
-    rows = written(train, 'kernels-b-masked-code')
-    assert len([r for r in rows if r['kind'] == 'depthwise, last layer']) == 32 * 17 and len([r for r in rows if r['kind'] == 'lightweight']) == 4 * 17
-    train.train('--model', 'nope', '--max_iters', 2, '--out_dir', 'c')
-    train('experiments/kernels.py', '--out_dir', 'c', '--data_dir', train.words[1], code=2)
-    assert train.err.splitlines()[-1].startswith('kernels.py: ') and 'no kernels' in train.err
+    run('experiments/kernels.py', '--out_dir', more_runs.folder / 'out/m', *words)
+    rows = written(tmp_path / 'results', 'kernels-m-masked-code')
+    assert len([r for r in rows if r['kind'] == 'depthwise, last layer']) == 32 * 17
+    assert len([r for r in rows if r['kind'] == 'lightweight']) == 4 * 17
+    run('experiments/kernels.py', '--out_dir', more_runs.folder / 'out/compare/tiny-causal-nope-1', *words, code=2)
+    assert run.err.splitlines()[-1].startswith('kernels.py: ') and 'no kernels' in run.err
 
 
-def test_speed(run):
-    run('experiments/speed.py', '--quick', '--tokens', 256, '--lengths', 64, 128, '--results', 'results')
-    rows = written(run, 'speed-cpu')
-    assert len(rows) == 16 and all(float(r['forward_backward_ms']) > 0 for r in rows) and 'no slower than flash' in run.out
-
-
-def test_on_gpu(tmp_path):
-    """Its part `steps` on a CPU, small: training steps of every model, convolutions; a log of what was printed."""
-    env = {**os.environ, 'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}', 'QUICK': '--quick', 'RESULTS': str(tmp_path)}
-    out = subprocess.run(['bash', REPO / 'experiments/on_gpu.sh', 'steps'], env=env, text=True, stdout=subprocess.PIPE, check=True).stdout
-    rows = list(csv.DictReader(open(tmp_path / 'speed-steps-cpu.csv')))
-    assert [r['model'] for r in rows] == ['nope', 'composite', 'conv', 'conv, output alone', 'kernelized'] and float(rows[0]['times_nope']) == 1
-    assert out.count('| shifts |') == 1 and (tmp_path / 'steps.log').read_text() == out
-    assert subprocess.run(['bash', REPO / 'experiments/on_gpu.sh', 'nothing'], env=env, stderr=subprocess.DEVNULL).returncode == 2
-
-
-def test_feature_error(run):
-    run('experiments/feature_error.py', '--draws', 2, '--results', 'results')
-    error = {(r['features'], r['norm'], r['m']): float(r['l1_mean']) for r in written(run, 'feature_error')}
-    assert len(error) == 80 and all(0 < e <= 2.01 for (kind, *_), e in error.items() if kind != 'trf')
-    assert abs(error['prf', '1', '1024'] - 0.05) < 0.02 and 0.2 < error['prf', '1', '16'] < error['prf', '2', '16'] < error['prf', '8', '16']
-
-
-def test_convert_and_stability(run, data_dir):
-    words = ['--dataset', 'code', '--data_dir', data_dir, '--results', 'results', '--quick']
-    run('experiments/convert.py', *words, '--steps', 2, '--tokens', 512)
-    rows = written(run, 'convert-quick')
-    assert len(rows) == 4 * (1 + 6 * 2) and all(4 < float(r['val_loss']) < 7 for r in rows)
-    run('experiments/stability.py', *words, '--steps', 3)
-    rows = written(run, 'stability-quick')
-    assert len(rows) == 2 * 4 * 3 and {float(r['largest_qk']) for r in rows if r['model'].startswith('NPRF')} == {1.0}
-
-
-@pytest.mark.parametrize('fields', convert.MODELS.values(), ids=convert.MODELS)
-def test_what_convert_swaps(fields):
-    """The softmax that convert.py trains with is what the features estimate: thousands of them are near it, a few are not."""
-    torch.manual_seed(0)
-    attention = model_kernelized.Attention(model_kernelized.Config(n_embd=64, **fields)).double()
-    if attention.b is not None:
-        torch.nn.init.normal_(attention.b)
-    x, error = torch.randn(2, 40, 64, dtype=torch.float64), {}
-    for m in (16, 2 ** 14):
-        attention.w = model_kernelized.random_matrix(m, 16)
-        error[m] = (attention(x) - convert.exact(attention, x)).norm() / attention(x).norm()
-    assert error[2 ** 14] < 0.05 and 5 * error[2 ** 14] < error[16], error
-
-
-def test_what_stability_watches():
-    torch.manual_seed(0)
-    model = model_kernelized.Model(model_kernelized.Config(normalize=False, n_layer=1, init_std=0.2))
-    idx, seen = torch.randint(256, (3, 20)), stability.watch(model)
-    model(idx)
-    q, k, _ = model.h[0].attn.c_attn(model.h[0].ln_1(model.wte(idx))).view(3, 20, 3, 4, 32).unbind(2)
-    q, k = q * 32 ** -0.25, k * 32 ** -0.25  # what the features are made of
-    largest = max((q[..., head, :].norm(dim=-1).max() * k[..., head, :].norm(dim=-1).max()).item() for head in range(4))
-    assert seen[0] == pytest.approx(largest, rel=1e-5)
+def test_extrapolate(more_runs, data_dir):
+    """A line per scheme with all its seeds; an unknown scheme comes last; absolute positions end at 1x."""
+    outs = [f'out/compare/tiny-causal-{name}' for name in ('mine-1', 'nope-1', 'nope-2', 'absolute-1')]
+    more_runs('experiments/extrapolate.py', *outs, '--texts', 8, '--data_dir', data_dir, '--results', 'results')
+    rows = written(more_runs.folder / 'results', 'extrapolate')
+    loss = {(r['scheme'], int(r['times'])): float(r['loss']) for r in rows}
+    assert len(rows) == 16 and [r['seed'] for r in rows if r['scheme'] == 'nope' and r['times'] == '8'] == ['1', '2']
+    assert all(math.isnan(loss['absolute', times]) for times in (2, 4, 8)) and 'ends at 1x' in more_runs.out
+    assert all(4 < loss[scheme, times] < 7 for scheme in ('nope', 'mine') for times in (1, 2, 4, 8))
+    table = more_runs.out.split('8x less 1x')[1]
+    assert [line.split()[1] for line in table.splitlines() if line.startswith('| ')] == ['nope', 'absolute', 'mine']
+    more_runs('experiments/extrapolate.py', 'out/m', '--data_dir', data_dir, code=2)
+    assert 'extrapolate.py: out/m is a masked model' in more_runs.err
 
 
 def test_what_extrapolate_scores():
@@ -165,16 +313,128 @@ def test_what_extrapolate_scores():
     assert len(set(found.values())) == 4
 
 
-def test_extrapolate(train):
-    for scheme, words in {'none': ['nope'], 'absolute': ['nope', '--absolute'], 'nprf+rpe': ['kernelized']}.items():
-        train.train('--model', *words, '--max_iters', 2, '--out_dir', f'compare/x-causal-{scheme}-1')
-    train.train('--model', 'nope', '--max_iters', 2, '--seed', 2, '--out_dir', 'compare/x-causal-none-2')
-    train('experiments/extrapolate.py', *(f'compare/x-causal-{run}' for run in ('none-1', 'none-2', 'absolute-1', 'nprf+rpe-1')), '--quick', '--data_dir', train.words[1], '--results', 'results')
-    rows = written(train, 'extrapolate-quick')
-    loss = {(r['scheme'], int(r['times'])): float(r['loss']) for r in rows}
-    assert len(rows) == 16 and [r['seed'] for r in rows if r['scheme'] == 'none' and r['times'] == '8'] == ['1', '2']
-    assert all(math.isnan(loss['absolute', times]) for times in (2, 4, 8))
-    assert all(4 < loss[scheme, times] < 7 for scheme in ('none', 'nprf+rpe') for times in (1, 2, 4, 8)) and 'ends at 1x' in train.out
-    train.train('--model', 'nope', '--objective', 'masked', '--max_iters', 2, '--out_dir', 'm')
-    train('experiments/extrapolate.py', 'm', '--data_dir', train.words[1], code=2)
-    assert 'extrapolate.py: m is a masked model' in train.err
+# ---------------------------------------------------------------------------------------------------------------------
+# speed.py, on_gpu.sh
+
+def test_speed(run):
+    run('experiments/speed.py', '--quick', '--tokens', 256, '--lengths', 64, 128, '--results', 'results')
+    rows = written(run.folder / 'results', 'speed-cpu')
+    assert len(rows) == 16 and all(float(r['forward_backward_ms']) > 0 for r in rows)
+    assert 'no slower than flash' in run.out
+
+
+def test_speed_writes_each_length_and_survives_want_of_memory(monkeypatch, capsys):
+    """A form out of memory, at first or only while it is timed, is named and left out; the rest is written."""
+    calls = {'late': 0}
+
+    def never(q, *_):
+        raise torch.OutOfMemoryError('no')
+
+    def late(q, *_):
+        calls['late'] += 1
+        if calls['late'] % 4 == 0:
+            raise torch.OutOfMemoryError('no')
+        return q * 1
+
+    def good(q, *_):
+        return q * 1
+    known = {'softmax, flash': (good, 999), 'never': (never, 999), 'late': (late, 999), 'short': (good, 64)}
+    monkeypatch.setattr(speed, 'forms', lambda gpu: known)
+    written_rows = []
+    args = types.SimpleNamespace(quick=True, tokens=256, lengths=[64, 128])
+    rows = speed.attention(args, 'cpu', lambda header, rows: written_rows.append([row[:2] for row in rows]))
+    first = [(64, 'softmax, flash'), (64, 'short')]
+    assert written_rows == [first, [*first, (128, 'softmax, flash')]] and len(rows) == 3
+    out = capsys.readouterr().out
+    assert out.count('never: out of memory\n') == 2 and out.count('late: out of memory while it was timed') == 2
+
+
+def test_speed_steps_and_convs(monkeypatch, capsys, tmp_path):
+    """Training steps of every model, forms of a convolution; each timed once here."""
+    alternate = speed.alternate
+    monkeypatch.setattr(speed, 'alternate', lambda jobs, device, repeats: alternate(jobs, device, 1))
+    for flag in ('--steps', '--convs'):
+        monkeypatch.setattr(sys, 'argv', ['speed.py', '--quick', flag, '--results', str(tmp_path)])
+        speed.main()
+    name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    rows = lib.read_csv(tmp_path / f'speed-steps-{name}.csv')
+    assert [r['model'] for r in rows] == ['nope', 'composite', 'conv', 'conv, output alone', 'kernelized']
+    assert float(rows[0]['times_nope']) == 1 and '| depthwise_conv (conv1d) |' in capsys.readouterr().out
+    assert len(lib.read_csv(tmp_path / f'speed-convs-{name}.csv')) >= 3
+
+
+def test_on_gpu(tmp_path):
+    """What fails does not stop a part; it is named at the end, and the log has all that was printed."""
+    (tmp_path / 'experiments').mkdir()
+    shutil.copy(REPO / 'experiments/on_gpu.sh', tmp_path / 'experiments')
+    fake = tmp_path / 'python'
+    fake.write_text('#!/bin/sh\necho "ran $*, unbuffered $PYTHONUNBUFFERED"\n'
+                    'case "$*" in *conv*|*equiv*) exit 1;; esac\n')
+    fake.chmod(0o755)
+    env = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
+
+    def part(name, **more):
+        done = subprocess.run(['bash', tmp_path / 'experiments/on_gpu.sh', name], env={**env, **more}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return done.returncode, done.stdout
+    code, out = part('check')
+    assert code == 1 and out.count('ran train.py') == 4 and ', unbuffered 1' in out
+    assert out.splitlines()[-2].startswith('FAILED: python test_equivalence.py')
+    assert out.splitlines()[-1].startswith('FAILED: python train.py --model conv ')
+    assert (tmp_path / 'experiments/results/check.log').read_text() == out
+    code, out = part('evidence', QUICK='--quick')
+    assert code == 0 and out.count('--quick --results out/quick') == 4
+    assert (tmp_path / 'out/quick/evidence.log').exists()
+    assert part('speed')[1].count('ran experiments/speed.py --results experiments/results') == 1
+    assert part('nothing')[0] == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# random features
+
+def test_feature_error(run):
+    run('experiments/feature_error.py', '--draws', 2, '--results', 'results')
+    rows = written(run.folder / 'results', 'feature_error')
+    error = {(r['features'], r['norm'], r['m']): float(r['l1_mean']) for r in rows}
+    assert len(error) == 80 and all(0 < e <= 2.01 for (kind, *_), e in error.items() if kind != 'trf')
+    assert abs(error['prf', '1', '1024'] - 0.05) < 0.02
+    assert 0.2 < error['prf', '1', '16'] < error['prf', '2', '16'] < error['prf', '8', '16']
+
+
+def test_convert_and_stability(run, data_dir):
+    words = ['--dataset', 'code', '--data_dir', data_dir, '--results', 'results', '--quick']
+    run('experiments/convert.py', *words, '--steps', 2, '--tokens', 512)
+    rows = written(run.folder / 'results', 'convert-quick')
+    assert len(rows) == 4 * (1 + 6 * 2) and all(4 < float(r['val_loss']) < 7 for r in rows)
+    run('experiments/stability.py', *words, '--steps', 3)
+    rows = written(run.folder / 'results', 'stability-quick')
+    assert len(rows) == 2 * 4 * 3
+    assert {float(r['largest_qk']) for r in rows if r['model'].startswith('NPRF')} == {1.0}
+
+
+@pytest.mark.parametrize('fields', convert.MODELS.values(), ids=convert.MODELS)
+def test_what_convert_swaps(fields):
+    """The softmax that convert.py trains with is what the features estimate: thousands are near it, a few are not."""
+    torch.manual_seed(0)
+    attention = model_kernelized.Attention(model_kernelized.Config(n_embd=64, **fields)).double()
+    if attention.b is not None:
+        torch.nn.init.normal_(attention.b)
+    x = torch.randn(2, 40, 64, dtype=torch.float64)
+    error = {}
+    for m in (16, 2 ** 14):
+        attention.w = model_kernelized.random_matrix(m, 16)
+        error[m] = (attention(x) - convert.exact(attention, x)).norm() / attention(x).norm()
+    assert error[2 ** 14] < 0.05 and 5 * error[2 ** 14] < error[16], error
+
+
+def test_what_stability_watches():
+    torch.manual_seed(0)
+    model = model_kernelized.Model(model_kernelized.Config(normalize=False, n_layer=1, init_std=0.2))
+    idx = torch.randint(256, (3, 20))
+    seen = stability.watch(model)
+    model(idx)
+    q, k, _ = model.h[0].attn.c_attn(model.h[0].ln_1(model.wte(idx))).view(3, 20, 3, 4, 32).unbind(2)
+    q = q * 32 ** -0.25  # what the features are made of
+    k = k * 32 ** -0.25
+    largest = max((q[..., head, :].norm(dim=-1).max() * k[..., head, :].norm(dim=-1).max()).item() for head in range(4))
+    assert seen[0] == pytest.approx(largest, rel=1e-5)

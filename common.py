@@ -100,9 +100,8 @@ def open_run(settings, flags, peers):
         die(f'{out} holds a checkpoint on another machine and none here: share that folder', 1)
     if found:
         return out, load_checkpoint(out / 'ckpt_last.pt')
-    if flags.resume:
-        say(f'note: --resume found no checkpoint in {out}: this is a new run from step 0')
-    elif flags.out_dir and not flags.overwrite and any((out / file).exists() for file in FILES):
+    new = flags.out_dir and not (flags.resume or flags.overwrite)
+    if new and any((out / file).exists() for file in FILES):
         die(f'{out} holds a run: add --resume to go on with it, --overwrite to delete it, or name another --out_dir')
     any_process(False, peers)  # all have looked before one writes
     if RANK == 0:
@@ -166,6 +165,7 @@ def plot(out):
     ax.grid(alpha=0.3)
     ax.legend()
     fig.savefig(out / 'loss.png', dpi=120, bbox_inches='tight')
+    plt.close(fig)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

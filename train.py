@@ -344,8 +344,14 @@ def resolve(argv):
     first = parser.parse_known_args([*preset, *common.as_flags(file), *argv])[0]
     out_dir = first.out_dir
     if first.resume or first.eval_only:
-        out_dir = out_dir or common.newest_run(f'{first.model}-{first.objective}-{first.dataset}')
-        if out_dir and Path(out_dir, 'config.json').exists():
+        name = f'{first.model}-{first.objective}-{first.dataset}'
+        out_dir = out_dir or common.newest_run(name)
+        if not (out_dir and Path(out_dir, 'ckpt_last.pt').exists()):
+            missing = f'found no checkpoint in {out_dir or Path("out", name)}'
+            if first.eval_only:
+                die(f'--eval_only {missing}: name a run with --out_dir')
+            say(f'note: --resume {missing}: this is a new run from step 0')
+        elif Path(out_dir, 'config.json').exists():
             file = common.read_config(Path(out_dir, 'config.json'))
             first = parser.parse_known_args([*preset, *common.as_flags(file), *argv])[0]
             if first.model != file.get('model'):
@@ -398,8 +404,7 @@ def fit_to_data(run):
     if config.vocab_size < need:
         die(f'--vocab_size must be at least {need} for {dataset}, not {config.vocab_size}; or choose another --dataset')
     if shorter <= config.block_size:
-        die(f'--block_size must be under {shorter}, the tokens in the smaller part of {dataset}, '
-            f'not {config.block_size}; or take a longer text')
+        die(f'--block_size must be under {shorter}, the tokens in the smaller part of {dataset}, not {config.block_size}')
 
 
 def build(run, module, compiled):
@@ -422,9 +427,8 @@ def build(run, module, compiled):
 
 def restore(run, checkpoint, model, optimizer):
     """Put a checkpoint into model and optimizer; say which settings have changed, refuse another architecture."""
-    tokenizer = checkpoint['meta']['tokenizer']
-    if tokenizer != run.meta['tokenizer']:
-        die(f'{run.settings.dataset} has the tokenizer {run.meta["tokenizer"]}, the run in {run.out} {tokenizer}')
+    if checkpoint['meta']['tokenizer'] != run.meta['tokenizer']:
+        die(f'{run.settings.dataset} has the tokenizer {run.meta["tokenizer"]}, the run in {run.out} has another one')
     for name, old in {'objective': checkpoint['settings']['objective'], **checkpoint['config']}.items():
         new = getattr(run.settings, name, getattr(run.config, name, None))
         if new != old:
@@ -453,8 +457,8 @@ def introduce(run, model, module):
     params = sum(p.numel() for p in model.parameters()) / 1e6
     say(f'{settings.model}, {settings.objective}, {settings.dataset} ({len(run.train):,} tokens): '
         f'{params:.2f}M parameters, run {run.out}')
-    say(f'{path} has all settings; not the default: '
-        + ', '.join(f'{name} {value}' for name, value in values.items() if value != usual[name]))
+    unusual = ', '.join(f'{name} {value}' for name, value in values.items() if value != usual[name])
+    say(f'{path} has all settings; not the default: {unusual}')
     if settings.objective == 'masked' and config.causal:
         say('note: --objective masked with --causal: the model sees only what is to the left of each mask')
     if settings.warmup_iters >= settings.max_iters:
@@ -505,13 +509,12 @@ if __name__ == '__main__':
     try:
         main()
     except torch.OutOfMemoryError as e:
-        die('out of GPU memory: try --micro_batch_size 1, 2, 4, ... (without dropout the curve stays the same). '
-            f'{str(e).splitlines()[0]}', 1)
+        die(f'out of GPU memory: try a smaller --micro_batch_size (the loss curve stays the same). {one_line(e)}', 1)
     except OSError as e:
         die(e, 1)  # a full disk, a folder that may not be written
     except RuntimeError as e:
         if "can't allocate memory" not in str(e):
             raise
-        die(f'out of memory: try a smaller model or --micro_batch_size. {str(e).splitlines()[0]}', 1)
+        die(f'out of memory: try a smaller model or --micro_batch_size. {one_line(e)}', 1)
     except KeyboardInterrupt:
         sys.exit(130)

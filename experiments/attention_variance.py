@@ -31,7 +31,8 @@ import numpy as np
 import torch
 from lib import common_flags, parse, positive, pyplot, save, short_names, text, write_csv
 
-from sample import die, load_run
+from common import die
+from sample import load_run
 
 SIZES = {'n_embd': (768, 256), 'n_head': (12, 4), 'n_layer': (12, 4), 'block_size': (512, 256)}  # full, with --quick
 HEADER = ('what', 'sigma', 'layer', 'm', 'variance', 'theory')

@@ -33,7 +33,7 @@ import numpy as np
 from lib import REPO, common_flags, parse, positive, pyplot, save, write_csv
 
 import train
-from sample import die
+from common import die
 
 SCHEMES = {  # name: flags of train.py
     'nope': ['--model', 'nope'],

@@ -13,7 +13,9 @@ import csv
 import math
 from pathlib import Path
 
-from lib import die, pyplot, short_names
+from lib import pyplot, short_names
+
+from common import die
 
 
 def read_log(folder):

@@ -19,7 +19,8 @@ import torch
 from compare import colors, in_order
 from lib import common_flags, parse, positive, pyplot, save, short_names, text, write_csv
 
-from sample import die, load_run
+from common import die
+from sample import load_run
 
 TIMES = (1, 2, 4, 8)
 

@@ -39,7 +39,8 @@ from compare import colors
 from lib import common_flags, parse, positive, pyplot, save, short_names, write_csv
 from torch.nn import functional as F
 
-from sample import die, load_run, tokenizer
+from common import die
+from sample import load_run, tokenizer
 
 TASKS = {  # task: folder of the local files, columns of the label and the texts there, epochs
     'order': ('CoLA', (1, 3), 5),

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from lib import common_flags, parse, positive, pyplot, save, short_names, text, write_csv
 
-from sample import die, load_run
+from common import die
+from sample import load_run
 
 
 @torch.no_grad()

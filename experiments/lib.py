@@ -1,6 +1,5 @@
 """What several experiments share: prepared text, a short training loop, names of runs, and where results go."""
 import csv
-import json
 import math
 import re
 import sys
@@ -11,18 +10,16 @@ import torch
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
-from sample import die  # noqa: E402
+import prepare_data  # noqa: E402
+from common import die  # noqa: E402
 
 
 def text(dataset, data_dir='data'):
     """-> ids to train on, ids to validate on (numpy memory maps), meta. Prepares a known data set that is missing."""
-    from prepare_data import prepare
     folder = Path(data_dir, dataset)
     if not (folder / 'meta.json').is_file():
-        prepare(dataset, data_dir=data_dir)
-    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-    train = np.memmap(folder / 'train.bin', dtype=meta['dtype'], mode='r')
-    val = np.memmap(folder / 'val.bin', dtype=meta['dtype'], mode='r')
+        prepare_data.prepare(dataset, data_dir=data_dir)
+    meta, train, val = prepare_data.load(folder)
     return train, val, meta
 
 

@@ -21,9 +21,10 @@ import sys
 from pathlib import Path
 
 import torch
-from lib import die, positive, pyplot
+from lib import positive, pyplot
 from torch.nn import functional as F
 
+from common import die
 from sample import load_run, tokenizer
 
 LONGEST = 40  # tokens; the labels of more are too small to read

@@ -64,7 +64,7 @@ class Run:
 def run_here(script, arguments, folder, env):
     """Run a script in this process -> what it printed, what it printed on stderr, its exit code. All else stays as it was."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8') for _ in range(2))
-    old_argv, old_folder, old_env = sys.argv, os.getcwd(), dict(os.environ)
+    old_argv, old_path, old_folder, old_env = sys.argv, sys.path[:], os.getcwd(), dict(os.environ)
     old_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [str(script), *arguments]
     os.environ.update(env)
@@ -78,6 +78,8 @@ def run_here(script, arguments, folder, env):
     finally:
         os.chdir(old_folder)
         sys.argv = old_argv
+        sys.path[:] = old_path
+        sys.modules.pop('model_mine', None)  # a test's own scheme
         for name in set(os.environ) - set(old_env):
             del os.environ[name]
         os.environ.update(old_env)

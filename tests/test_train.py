@@ -223,7 +223,7 @@ def test_two_processes_equal_one(train, objective):
     words = f'--model composite --objective {objective} --max_iters 6 --eval_interval 3 --log_interval 1'.split()
     train.train(*words, '--out_dir', 'one')
     words += ['--micro_batch_size', 2, '--out_dir', 'two']
-    train('torchrun', '--nproc_per_node=2', 'train.py', *train.words, *words)
+    train.process('torchrun', '--nproc_per_node=2', 'train.py', *train.words, *words)
     one, two = train.folder / 'one', train.folder / 'two'
     assert equal(checkpoint(one)['model'], checkpoint(two)['model'], 2e-5)
     columns = ('train_loss', 'val_loss', 'grad_norm')
@@ -232,7 +232,7 @@ def test_two_processes_equal_one(train, objective):
     assert train.out.count('step     6/6  val loss') == 1, 'one process speaks'
     alone = train('train.py', *train.words, '--eval_only', '--out_dir', 'two').out.splitlines()[-1]
     words = ['--eval_only', '--out_dir', 'two']
-    together = train('torchrun', '--nproc_per_node=2', 'train.py', *train.words, *words).out
+    together = train.process('torchrun', '--nproc_per_node=2', 'train.py', *train.words, *words).out
     assert alone.split(' perplexity')[0] in together
 
 
@@ -363,26 +363,34 @@ def test_config_file_repeats_a_run(train):
     assert masked['causal'] is False and masked['kernel_size'] == 5 and masked['max_iters'] == 1  # flags win
 
 
-def add_mine(folder, old, new, baselines=''):
-    """model_mine.py, which is model_nope.py with one change, beside a copy of train.py or in its baselines/."""
-    (folder / 'train.py').write_text((REPO / 'train.py').read_text())
-    (folder / baselines).mkdir(exist_ok=True)
-    (folder / baselines / 'model_mine.py').write_text((REPO / 'model_nope.py').read_text().replace(old, new))
+@pytest.fixture
+def mine(train, monkeypatch):
+    """train, and mine(old, new) makes model_mine.py: model_nope.py with one change, beside train.py or in baselines/."""
+    monkeypatch.setattr(common, '__file__', str(train.folder / 'common.py'))
+
+    def write(old, new, folder='.'):
+        (train.folder / folder).mkdir(exist_ok=True)
+        source = (REPO / 'model_nope.py').read_text()
+        assert old in source
+        (train.folder / folder / 'model_mine.py').write_text(source.replace(old, new))
+    return write
 
 
-def test_a_scheme_of_ones_own_is_one_file(train):
-    """README, "a scheme of your own": copy a model file, and train.py runs it. Here beside a copy of train.py."""
-    add_mine(train.folder, 'init_std: float = 0.02', 'init_std: float = 0.03')
-    train(train.folder / 'train.py', *train.words, '--model', 'mine', '--max_iters', 1)
+def test_a_scheme_of_ones_own_is_one_file(train, mine):
+    """README, "a scheme of your own": copy a model file, and train.py runs it. Here beside copies, in a process."""
+    mine('init_std: float = 0.02', 'init_std: float = 0.03')
+    for name in ('train.py', 'common.py', 'prepare_data.py'):
+        shutil.copy(REPO / name, train.folder)
+    train.process(train.folder / 'train.py', *train.words, '--model', 'mine', '--max_iters', 1)
     assert json.loads((train.folder / 'out/mine-causal-code/config.json').read_text())['init_std'] == 0.03
 
 
-def test_baselines_are_found_and_named(train):
-    add_mine(train.folder, 'init_std: float = 0.02', 'init_std: float = 0.03', 'baselines')
+def test_baselines_are_found_and_named(train, mine):
+    mine('init_std: float = 0.02', 'init_std: float = 0.03', 'baselines')
     (train.folder / 'model_yours.py').touch()
-    train(train.folder / 'train.py', *train.words, '--model', 'mine', '--max_iters', 1)
+    train('train.py', *train.words, '--model', 'mine', '--max_iters', 1)
     assert json.loads((train.folder / 'out/mine-causal-code/config.json').read_text())['init_std'] == 0.03
-    train(train.folder / 'train.py', *train.words, '--model', 'nonsense', code=2)
+    train('train.py', *train.words, '--model', 'nonsense', code=2)
     one_line(train.err, '--model may be yours, mine')
 
 
@@ -440,22 +448,22 @@ def test_evaluate_only(train):
         by_folder = train('train.py', '--eval_only', '--out_dir', out.relative_to(train.folder)).out
         line = by_folder.splitlines()[-1]
         assert line == by_name.splitlines()[-1] and len(by_folder.splitlines()) == 2, 'the device, and the result'
-        for part in ('ckpt_best.pt', f'step {step}', 'on code', f'val loss {float(loss):.4f} nats per',
+        for part in (f'step {step}', 'code', f'val loss {float(loss):.4f} nats per',
                      f'{float(bits):.4f} bits per byte', f'perplexity {math.exp(float(loss)):.2f}'[:-1]):
             assert part in line, line
         assert files == {path: path.read_bytes() for path in out.iterdir()}
     (out / 'ckpt_best.pt').unlink()
     train('train.py', '--eval_only', '--out_dir', out)
-    assert 'ckpt_last.pt, step 12' in train.out
+    assert 'step 12' in train.out
 
     (train.folder / 'text.txt').write_text('never seen before, ' * 1000)
     prepare_data.prepare('other', path=train.folder / 'text.txt', data_dir=train.folder / 'data')
     train('train.py', '--eval_only', '--out_dir', out, '--data_dir', 'data', '--dataset', 'other')
-    assert 'on other: val loss' in train.out and float(train.out.split('val loss ')[1].split()[0]) > float(loss)
+    assert 'other: val loss' in train.out and float(train.out.split('val loss ')[1].split()[0]) > float(loss)
     meta = train.folder / 'data/other/meta.json'
     meta.write_text(json.dumps(dict(json.loads(meta.read_text()), tokenizer='letters')))
     train('train.py', '--eval_only', '--out_dir', out, '--data_dir', 'data', '--dataset', 'other', code=2)
-    one_line(train.err, 'other', 'letters', 'bytes', '--dataset')
+    one_line(train.err, 'other has the tokenizer letters', 'has another one')
     train('train.py', '--eval_only', '--out_dir', out, '--objective', 'causal', code=2)
     one_line(train.err, 'cannot change objective: it is masked')
     train('train.py', '--eval_only', '--out_dir', out, '--n_layer', 3, code=2)
@@ -469,7 +477,7 @@ def test_without_matplotlib(train):
     (train.folder / 'sitecustomize.py').write_text(
         'import importlib.util as u\nfind = u.find_spec\n'
         'u.find_spec = lambda n, *a: None if n == "matplotlib" else find(n, *a)\n')
-    train.train('--model', 'nope', '--max_iters', 1, PYTHONPATH=str(train.folder))
+    train.process('train.py', *train.words, '--model', 'nope', '--max_iters', 1, PYTHONPATH=str(train.folder))
     assert 'matplotlib is not installed' in train.out and not (train.folder / 'out/nope-causal-code/loss.png').exists()
 
 
@@ -596,9 +604,9 @@ def test_refused_data(train, damage):
     ('seed: int = 1', 'Literal'), ('width: list = None', 'Literal'), ('width: float | None = None', 'Literal'),
     ('width = 3', 'needs a type and a comment'), ('width = None', 'needs a type and a comment'),
 ])
-def test_refused_fields_of_ones_own_scheme(train, field, part):
-    add_mine(train.folder, '    init_std: float = 0.02', f'    {field}\n    init_std: float = 0.02')
-    train(train.folder / 'train.py', *train.words, '--model', 'mine', '--width', 4, code=2)
+def test_refused_fields_of_ones_own_scheme(train, mine, field, part):
+    mine('    init_std: float = 0.02', f'    {field}\n    init_std: float = 0.02')
+    train('train.py', *train.words, '--model', 'mine', '--width', 4, code=2)
     one_line(train.err, field.split(':')[0].split(' ')[0], part, 'model_mine.py')
 
 

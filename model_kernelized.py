@@ -165,7 +165,7 @@ def circulant_column(c):
 
 
 def toeplitz_weights(b, T, causal):
-    """e^b of the offsets 1-T ... T-1, divided by the largest: b (nh, 2R+1) -> (nh, 2T-1). If causal, the future is 0."""
+    """e^b of the offsets 1-T ... T-1, divided by the largest: b (nh, 2R+1) -> (nh, 2T-1). Causal: the future is 0."""
     bias = along_diagonals(b[:, None], T - 1, 2 * T - 1).squeeze(1)  # (nh, 2T-1)
     if causal:
         bias = bias[:, :T]

@@ -404,7 +404,7 @@ def fit_to_data(run):
     if config.vocab_size < need:
         die(f'--vocab_size must be at least {need} for {dataset}, not {config.vocab_size}; or choose another --dataset')
     if shorter <= config.block_size:
-        die(f'--block_size must be under {shorter}, the tokens in the smaller part of {dataset}, not {config.block_size}')
+        die(f'--block_size must be under {shorter}, the tokens in the smaller part of the text, not {config.block_size}')
 
 
 def build(run, module, compiled):
@@ -448,17 +448,17 @@ def restore(run, checkpoint, model, optimizer):
 
 
 def introduce(run, model, module):
-    """Write config.json; say what is trained, and which settings are unusual."""
-    settings, config, path = run.settings, run.config, run.out / 'config.json'
+    """Write config.json; say what is trained, and which settings are not the default."""
+    settings, config = run.settings, run.config
     values = {**dataclasses.asdict(settings), **dataclasses.asdict(config)}
     usual = {**dataclasses.asdict(Settings()), **dataclasses.asdict(module.Config())}
     if RANK == 0:
-        write(path, lambda f: f.write(f'{json.dumps(values, indent=1)}\n'.encode()))
+        write(run.out / 'config.json', lambda f: f.write(f'{json.dumps(values, indent=1)}\n'.encode()))
     params = sum(p.numel() for p in model.parameters()) / 1e6
     say(f'{settings.model}, {settings.objective}, {settings.dataset} ({len(run.train):,} tokens): '
         f'{params:.2f}M parameters, run {run.out}')
     unusual = ', '.join(f'{name} {value}' for name, value in values.items() if value != usual[name])
-    say(f'{path} has all settings; not the default: {unusual}')
+    say(f'{run.out / "config.json"} has all settings; not the default: {unusual}')
     if settings.objective == 'masked' and config.causal:
         say('note: --objective masked with --causal: the model sees only what is to the left of each mask')
     if settings.warmup_iters >= settings.max_iters:

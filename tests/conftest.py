@@ -1,4 +1,4 @@
-"""Shared by the tests: a small prepared data set, scripts run as a user runs them, and small runs trained once for all."""
+"""Shared by the tests: a small data set, scripts run as a user runs them, and small runs trained once for all."""
 import contextlib
 import io
 import os
@@ -14,10 +14,10 @@ import pytest
 os.environ.update(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', MPLBACKEND='Agg')
 import torch  # noqa: E402
 
-torch.set_num_threads(1)  # many small tests: a second thread gains nothing, and waits long where other work holds its core
+torch.set_num_threads(1)  # a second thread gains nothing in small tests, and waits long where other work holds its core
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / 'experiments')]
-CORPORA = Path(os.environ.get('CORPORA', REPO.parent / 'shared' / 'data'))  # real texts; tests that want them skip without
+CORPORA = Path(os.environ.get('CORPORA', REPO.parent / 'shared' / 'data'))  # real texts; without them tests skip
 MODELS = ['nope', 'composite', 'conv', 'kernelized']
 # a model that trains in a second
 TINY = '--n_layer 2 --n_embd 32 --n_head 2 --block_size 32 --batch_size 8 --eval_tokens 2048 --device cpu'.split()
@@ -62,11 +62,12 @@ class Run:
 
 
 def run_here(script, arguments, folder, env):
-    """Run a script in this process -> what it printed, what it printed on stderr, its exit code. All else stays as it was."""
+    """Run a script in this process -> its stdout, its stderr, its exit code. Everything else stays as it was."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8') for _ in range(2))
     old_argv, old_path, old_folder, old_env = sys.argv, sys.path[:], os.getcwd(), dict(os.environ)
     old_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
     os.environ.update(env)
     os.chdir(folder)
     code = 0

@@ -17,7 +17,8 @@ def parts(name):
     """Source text of each top-level class and function of a model file, and its syntax tree."""
     source = (REPO / f'model_{name}.py').read_text(encoding='utf-8')
     tree = ast.parse(source)
-    return {n.name: ast.get_source_segment(source, n) for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}, tree, source
+    named = [n for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+    return {n.name: ast.get_source_segment(source, n) for n in named}, tree, source
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -58,7 +59,8 @@ def our_files(*kinds):
     """The files that git knows, or would add; without git (a source archive) all files that are not data or runs."""
     listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=REPO, capture_output=True, text=True)
     names = listed.stdout.split('\n') if listed.returncode == 0 else [str(p.relative_to(REPO)) for p in REPO.rglob('*')]
-    return [REPO / n for n in names if n.endswith(kinds) and (REPO / n).is_file() and not n.startswith(('out/', 'data/'))]
+    ours = [n for n in names if n.endswith(kinds) and not n.startswith(('out/', 'data/'))]
+    return [REPO / n for n in ours if (REPO / n).is_file()]
 
 
 def test_lines_and_functions_are_short():
@@ -79,7 +81,8 @@ def test_contract_of_a_model_file(name):
     """Design of the shared interface: fields, shapes, parameter names."""
     module = importlib.import_module(f'model_{name}')
     fields = [f.name for f in dataclasses.fields(module.Config)]
-    assert fields[:11] == ['vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias', 'causal', 'absolute', 'init_std', 'scale_residual_init']
+    shared = 'vocab_size block_size n_layer n_head n_embd dropout bias causal absolute init_std scale_residual_init'
+    assert fields[:11] == shared.split()
     for causal in (True, False):
         model = module.Model(module.Config(causal=causal, bias=True, dropout=0.1))
         idx = torch.randint(256, (2, 40))
@@ -88,8 +91,9 @@ def test_contract_of_a_model_file(name):
         assert model(idx)[1] is None and model.hidden(idx).shape == (2, 40, 128)
         assert model(idx, where=idx[:, :3] % 40)[0].shape == (2, 3, 256)
         loss.backward()
-        assert all(p.grad is not None for p in model.parameters()), 'a parameter without a gradient would hang several processes'
-        assert model.h[0].attn.c_attn.weight.shape == (3 * 128, 128) and model.h[0].attn.c_proj.weight.shape == (128, 128)
+        assert all(p.grad is not None for p in model.parameters()), 'without a gradient, several processes would hang'
+        attention = model.h[0].attn
+        assert attention.c_attn.weight.shape == (3 * 128, 128) and attention.c_proj.weight.shape == (128, 128)
     with pytest.raises(ValueError, match='multiple of n_head'):
         module.Model(module.Config(n_head=3))
     with pytest.raises(ValueError, match='needs causal'):
@@ -104,11 +108,18 @@ def test_initialisation(name):
     module = importlib.import_module(f'model_{name}')
     for scaled in (True, False):
         model = module.Model(module.Config(n_layer=8, init_std=0.05, scale_residual_init=scaled))
-        assert abs(model.wte.weight.std().item() - 0.05) < 0.002 and abs(model.h[3].attn.c_attn.weight.std().item() - 0.05) < 0.002
+        for weight in (model.wte.weight, model.h[3].attn.c_attn.weight):
+            assert abs(weight.std().item() - 0.05) < 0.002
         expected = 0.05 / 4 if scaled else 0.05
         for block in model.h:
             assert abs(block.attn.c_proj.weight.std().item() / expected - 1) < 0.05
             assert abs(block.mlp.c_proj.weight.std().item() / expected - 1) < 0.05
+
+
+def uniform(kernel):
+    """Whether the entries may be uniform in +-1/sqrt(17)."""
+    a = 17 ** -0.5
+    return kernel.abs().max() <= a and abs(kernel.std().item() / (a / 3 ** 0.5) - 1) < 0.05
 
 
 def test_initialisation_of_kernels():
@@ -116,13 +127,14 @@ def test_initialisation_of_kernels():
     module = importlib.import_module('model_conv')
     att = module.Model(module.Config(queries_keys=True, values=True, n_embd=512)).h[0].attn
     assert (att.lightweight == 0).all() and att.lightweight.shape == (4, 17)
-    for kernel, rows in ((att.dynamic.T, 128), (att.conv_q, 512), (att.conv_k, 512), (att.conv_v, 512), (att.conv_out, 512)):
-        assert kernel.shape == (rows, 17) and kernel.abs().max() <= 17 ** -0.5 and abs(kernel.std().item() / (17 ** -0.5 / 3 ** 0.5) - 1) < 0.05
+    assert att.dynamic.shape == (17, 128) and uniform(att.dynamic)
+    for kernel in (att.conv_q, att.conv_k, att.conv_v, att.conv_out):
+        assert kernel.shape == (512, 17) and uniform(kernel)
     att = importlib.import_module('model_composite').Config(dynamic_key=True, n_embd=512)
     att = importlib.import_module('model_composite').Model(att).h[0].attn
-    assert (att.fixed == 0).all() and att.fixed.shape == (4, 17) and att.dynamic.shape == att.dynamic_key.shape == (17, 128)
+    assert (att.fixed == 0).all() and att.fixed.shape == (4, 17)
     for kernel in (att.dynamic, att.dynamic_key):
-        assert kernel.abs().max() <= 17 ** -0.5 and abs(kernel.std().item() / (17 ** -0.5 / 3 ** 0.5) - 1) < 0.05
+        assert kernel.shape == (17, 128) and uniform(kernel)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -143,7 +155,8 @@ def test_dropout(name):
 def readme_commands():
     """What both READMEs show, in code blocks and within lines, that runs one of our scripts."""
     text = ''.join((REPO / folder / 'README.md').read_text(encoding='utf-8') for folder in ('.', 'experiments'))
-    for block in re.findall(r'```(?:sh|bash)?\n(.*?)```', text, re.S) + re.findall(r'`(python [^`\n]+)`', text):
+    blocks = re.findall(r'^```sh\n(.*?)^```', text, re.S | re.M) + re.findall(r'`(python [^`\n]+)`', text)
+    for block in blocks:
         for line in block.replace('\\\n', ' ').splitlines():
             for command in line.split('#')[0].split('&&'):
                 if match := re.search(r'(train|prepare_data|sample|test_equivalence|experiments/\w+)\.py(.*)', command):
@@ -157,6 +170,7 @@ def test_readme_commands_parse(run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'out/composite-causal-python').mkdir(parents=True)
     (tmp_path / 'out/composite-causal-python/config.json').write_text('{"model": "composite"}')
+    (tmp_path / 'out/composite-causal-python/ckpt_last.pt').touch()
     for script, words in commands:
         words = [w.strip('"\'') for w in words]
         if '--train' in words:  # compare.py hands the rest to train.py
@@ -168,17 +182,20 @@ def test_readme_commands_parse(run, monkeypatch, tmp_path):
                 continue
             train.resolve([w for w in words if w != '--help'])
         else:
-            usage[script] = usage.get(script) or (run(f'{script}.py', '--help').out if script != 'test_equivalence' else '')
+            if script not in usage:
+                usage[script] = run(f'{script}.py', '--help').out
             for word in words:
                 assert not word.startswith('--') or word in usage[script], f'{script}.py has no {word}'
 
 
 def test_train_needs_torch_and_numpy_only():
     """What train.py imports when it starts; the rest is imported where it is used."""
-    tree = ast.parse((REPO / 'train.py').read_text(encoding='utf-8'))
-    names = {a.name.split('.')[0] for n in tree.body if isinstance(n, ast.Import) for a in n.names}
-    names |= {n.module.split('.')[0] for n in tree.body if isinstance(n, ast.ImportFrom)}
-    assert names - sys.stdlib_module_names == {'torch', 'numpy'}
+    names = set()
+    for file in ('train.py', 'common.py', 'prepare_data.py'):
+        tree = ast.parse((REPO / file).read_text(encoding='utf-8'))
+        names |= {a.name.split('.')[0] for n in tree.body if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module.split('.')[0] for n in tree.body if isinstance(n, ast.ImportFrom)}
+    assert names - sys.stdlib_module_names == {'torch', 'numpy', 'common', 'prepare_data'}
 
 
 def test_help_names_every_field(capsys):
@@ -186,7 +203,8 @@ def test_help_names_every_field(capsys):
         train.resolve(['--model', 'composite', '--help'])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    fields = [*dataclasses.fields(train.Settings), *dataclasses.fields(importlib.import_module('model_composite').Config)]
+    config = importlib.import_module('model_composite').Config
+    fields = [*dataclasses.fields(train.Settings), *dataclasses.fields(config)]
     notes = re.split(r'\n  --', text[text.index('options:'):])
     for f in fields:
         note = next(n for n in notes if re.match(rf'{f.name}\b', n))

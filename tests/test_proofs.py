@@ -1,12 +1,10 @@
 """test_equivalence.py as a script: it finds a reader's model files, shows what fails and where, and goes on."""
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from conftest import REPO
+from conftest import REPO, run_here
 
 EQUATION = '''
 from model_nope import Attention, Config, Model, math, torch
@@ -41,7 +39,19 @@ class Model(model_nope.Model):
             raise RuntimeError('no padding, please')
         return super().hidden(idx, valid, state)
 '''
+PLAIN = (REPO / 'model_nope.py').read_text(encoding='utf-8').split('        if valid is None:\n', 1)
+ALIBI = PLAIN[0] + '''        S = k.size(2)
+        i = torch.arange(S - T, S)[:, None]
+        slopes = 2 ** (-8 * torch.arange(1, self.n_head + 1).to(q) / self.n_head)
+        bias = -slopes[:, None, None] * (i - torch.arange(S)).abs()  # (nh, T, S)
+        bias = torch.where(visible(T, S, self.causal, valid), bias, -math.inf)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+''' + PLAIN[1].split('attn_mask=mask)\n')[1]
+README = (REPO / 'README.md').read_text(encoding='utf-8')
+ALIBI += '\n\n' + re.search(r'```python\n(def equation.*?)```', README, re.S)[1]
 FILES = {
+    'model_alibi.py': ALIBI,
+    'model_flipped.py': ALIBI.replace('bias = -slopes', 'bias = slopes'),
     'model_right.py': EQUATION,
     'baselines/model_wrong.py': EQUATION.replace('/ math.sqrt', '* math.sqrt'),
     'model_silent.py': 'from model_nope import Config, Model\n',
@@ -63,8 +73,8 @@ def book(tmp_path_factory):
         (folder / name).write_text(text, encoding='utf-8')
 
     def run(*words):
-        done = subprocess.run([sys.executable, folder / 'test_equivalence.py', *words], capture_output=True, text=True)
-        return done.returncode, [line.strip() for line in done.stdout.splitlines()], done.stderr
+        out, err, code = run_here(folder / 'test_equivalence.py', words, folder, {})
+        return code, [line.strip() for line in out.splitlines()], err
     return run
 
 
@@ -86,6 +96,15 @@ def test_a_new_file_is_found_and_compared_with_its_equation(book):
     assert 'failed: undeclared, moved by 4' in cases, 'absolute positions that the file does not declare'
     assert rows['not relative: moving a text changes its logits'] == 'PASS', 'those that it declares'
     assert not any(case.startswith(('failed: absolute', 'failed: right', 'failed: silent')) for case in cases)
+
+
+def test_the_equation_of_the_readme(book):
+    """Its ALiBi is that of the code here. A flipped sign passes every general row; the equation sees it."""
+    code, lines, _ = book('alibi')
+    assert code == 0, lines
+    code, lines, _ = book('flipped')
+    failed = [row for row, verdict in verdicts(lines).items() if verdict == 'FAIL']
+    assert code == 1 and failed == ['Attention of model_flipped.py = its equation(attention, x)']
 
 
 def test_a_crash_is_a_red_row_and_the_book_goes_on(book):
@@ -111,4 +130,4 @@ def test_rows_of_one_model(book):
 def test_an_unknown_model_is_refused(book):
     code, lines, stderr = book('conv', 'rope')
     assert code == 2 and not lines
-    assert stderr.count('\n') == 1 and "no model 'rope'; choose from absolute, composite, conv, crash" in stderr
+    assert stderr.count('\n') == 1 and "no model 'rope'; choose from absolute, alibi, composite, conv, crash" in stderr

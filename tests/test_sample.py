@@ -203,7 +203,7 @@ def test_gpt2_tokens_from_preparation_to_sample(run, main, monkeypatch):
     meta = json.loads(Path('data/plays/meta.json').read_text())
     for objective in ('causal', 'masked'):
         run('train.py', '--dataset', 'plays', '--objective', objective, *TINY, '--max_iters', 2)
-        said = re.findall(r'val loss (\S+) nats per .*, (\S+) bits per byte, perplexity (\S+)', run.out)[-1]
+        said = re.findall(r'val loss (\S+) nats per .*, (\S+) bits per byte, perplexity (\d+\.\d+)', run.out)[-1]
         loss, bits, perplexity = map(float, said)
         assert abs(bits - loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']) < 1e-3
         assert abs(math.log(perplexity) - loss) < 1e-3

@@ -365,7 +365,7 @@ def test_config_file_repeats_a_run(train):
 
 @pytest.fixture
 def mine(train, monkeypatch):
-    """train, and mine(old, new) makes model_mine.py: model_nope.py with one change, beside train.py or in baselines/."""
+    """mine(old, new) makes model_mine.py, which is model_nope.py with one change, beside train.py or in baselines/."""
     monkeypatch.setattr(common, '__file__', str(train.folder / 'common.py'))
 
     def write(old, new, folder='.'):

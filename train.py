@@ -404,7 +404,7 @@ def fit_to_data(run):
     if config.vocab_size < need:
         die(f'--vocab_size must be at least {need} for {dataset}, not {config.vocab_size}; or choose another --dataset')
     if shorter <= config.block_size:
-        die(f'--block_size must be under {shorter}, the tokens in the smaller part of the text, not {config.block_size}')
+        die(f'--block_size must be under {shorter}, the tokens of its smaller part, not {config.block_size}')
 
 
 def build(run, module, compiled):

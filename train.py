@@ -211,8 +211,8 @@ def training_loop(run, model, ddp, optimizer, progress, validate_first):
     pending = []  # losses and gradient norms that are still on the device
     top_speed = speed_at_peak(run, model)
     signals = common.catch_signals()
-    mark = first, time.time()  # step and time of the last line
-    began = None  # the same after the first step, which compiles: it is no measure of the rest
+    last_line = first, time.time()  # step and time of the last line
+    timed_from = None  # the same after the first step, which compiles: it is no measure of the rest
     while True:
         step = progress.step
         stop = any_process(bool(signals), run.peers)
@@ -229,7 +229,7 @@ def training_loop(run, model, ddp, optimizer, progress, validate_first):
             sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
         if validation_due:
             validate(run, progress, model, optimizer)
-            mark = step, time.time()  # validation is not part of the time per step
+            last_line = step, time.time()  # validation is not part of the time per step
         if done:
             return
 
@@ -238,8 +238,8 @@ def training_loop(run, model, ddp, optimizer, progress, validate_first):
 
         if step == first or progress.step % settings.log_interval == 0:
             norm = fetch_losses(run, progress, pending)
-            mark = log_step(run, progress, norm, mark, began or mark, top_speed)
-            began = began or mark
+            last_line = log_step(run, progress, norm, last_line, timed_from or last_line, top_speed)
+            timed_from = timed_from or last_line
 
 
 def fetch_losses(run, progress, pending):
@@ -273,15 +273,15 @@ def validate(run, progress, model, optimizer):
         save(run, progress, model, optimizer, 'ckpt_best.pt')
 
 
-def log_step(run, progress, norm, mark, began, top_speed):
+def log_step(run, progress, norm, last_line, timed_from, top_speed):
     """Print the line of a step; every log_interval steps it goes to log.csv too -> its step and time."""
     settings, step, now = run.settings, progress.step, time.time()
     loss = sum(progress.window) / len(progress.window)
     lr = lr_at(step - 1, settings)
-    ms = (now - mark[1]) / (step - mark[0]) * 1e3
+    ms = (now - last_line[1]) / (step - last_line[0]) * 1e3
     speed = settings.batch_size * run.config.block_size / ms * 1e3
     mfu = f'  MFU {speed / top_speed:.0%}' if top_speed else ''
-    left = (now - began[1]) / (step - began[0]) * (settings.max_iters - step)
+    left = (now - timed_from[1]) / (step - timed_from[0]) * (settings.max_iters - step)
     say(f'step {step:5d}/{settings.max_iters}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  {ms:.1f} ms  '
         f'{speed:,.0f} tokens/s{mfu}  {datetime.timedelta(seconds=round(left))} left')
     if step % settings.log_interval == 0:

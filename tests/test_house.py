@@ -56,11 +56,11 @@ def test_model_file_is_self_contained_and_in_order(name):
 
 
 def our_files(*kinds):
-    """The files that git knows, or would add; without git (a source archive) all files that are not data or runs."""
-    listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=REPO, capture_output=True, text=True)
-    names = listed.stdout.split('\n') if listed.returncode == 0 else [str(p.relative_to(REPO)) for p in REPO.rglob('*')]
-    ours = [n for n in names if n.endswith(kinds) and not n.startswith(('out/', 'data/'))]
-    return [REPO / n for n in ours if (REPO / n).is_file()]
+    """The files of this repository that git tracks: a reader's own files need not follow these rules."""
+    listed = subprocess.run(['git', 'ls-files'], cwd=REPO, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip('not a git repository: which files are ours is not known')
+    return [REPO / name for name in listed.stdout.splitlines() if name.endswith(kinds) and (REPO / name).is_file()]
 
 
 def test_lines_and_functions_are_short():

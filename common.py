@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -42,6 +43,12 @@ def say(line):
     """One line on stdout, said by one process."""
     if RANK == 0:
         print(line, flush=True)
+
+
+def place(error):
+    """Where an error was raised: file and line."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f'{Path(frame.filename).name}, line {frame.lineno}'
 
 
 def one_line(error):

@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import time
+import urllib.request
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ PIECE = 2 ** 18  # characters; larger pieces do not fit into the processor's cac
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 # fetched through `datasets`: where, arguments, validation split or None, whether each row is a document, tokenizer
 CORPORA = {
-    'shakespeare': ('text', dict(data_files=SHAKESPEARE, sample_by='document'), None, True, 'bytes'),
+    'shakespeare': (SHAKESPEARE, {}, None, True, 'bytes'),
     'wikitext2': ('Salesforce/wikitext', dict(name='wikitext-2-raw-v1'), 'validation', False, 'gpt2'),
     'wikitext103': ('Salesforce/wikitext', dict(name='wikitext-103-raw-v1'), 'validation', False, 'gpt2'),
     'tinystories': ('roneneldan/TinyStories', {}, 'validation', True, 'gpt2'),
@@ -78,6 +79,15 @@ def from_datasets(where, split, rows_are_documents, **arguments):
         reason = ' '.join(str(e).split())[:300]
         die(f'`datasets` cannot read {origin}: {type(e).__name__}: {reason}. '
             'Without a network, use --path with a local copy')
+
+
+def from_address(url):
+    """One text of the web."""
+    try:
+        with urllib.request.urlopen(url, timeout=60) as f:
+            yield f.read().decode('utf-8'), True
+    except (OSError, ValueError) as e:
+        die(f'{url} cannot be read: {e}. Without a network, use --path with a local copy')
 
 
 def from_file(path, errors):
@@ -136,10 +146,12 @@ def open_sources(dataset, path, tokenizer):
     if dataset == 'python':
         return f'standard library of Python {sys.version.split()[0]}', {'train': standard_library()}
     where, arguments, validation, rows_are_documents, _ = CORPORA[dataset]
+    if where.startswith('https:'):
+        return where, {'train': from_address(where)}
     sources = {'train': from_datasets(where, 'train', rows_are_documents, **arguments)}
     if validation:
         sources['val'] = from_datasets(where, validation, rows_are_documents, **arguments)
-    return arguments.get('data_files', where), sources
+    return where, sources
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +190,7 @@ def load_tiktoken(name):
         die(f'the tokenizer {name} needs {e.name}, which is not installed: pip install tiktoken')
     except Exception as e:  # tiktoken fetches its vocabulary on first use
         die(f'tiktoken cannot load {name}: {type(e).__name__}. Without a network, set TIKTOKEN_CACHE_DIR to a folder '
-            'with its vocabulary, or prepare the text with --tokenizer bytes')
+            'with its vocabulary (see Data in README.md)')
 
 
 def load_tokenizer(name):

@@ -168,10 +168,9 @@ def train_step(run, ddp, optimizer, step):
     total = 0.0
     for i in range(0, share, micro):
         first = RANK * share + i
-        rows = train_rows(run, step, range(first, first + micro))
         if WORLD > 1:
             ddp.require_backward_grad_sync = i + micro == share  # exchange gradients once, after the last micro batch
-        loss = forward(run, ddp, rows) * (micro / share)
+        loss = forward(run, ddp, train_rows(run, step, range(first, first + micro))) * (micro / share)
         loss.backward()
         total = total + loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), settings.grad_clip or math.inf)
@@ -330,7 +329,7 @@ def resolve(argv):
     parser.add_argument('--preset', choices=list(PRESETS), default='tiny', help='a set of values (default tiny)')
     parser.add_argument('--config', metavar='FILE', help='settings that an earlier run wrote (its config.json)')
     parser.add_argument('--out_dir', help='default out/<model>-<objective>-<dataset>, numbered -2, -3, ... when taken')
-    parser.add_argument('--resume', action='store_true', help='go on with the run in --out_dir, or with the newest')
+    parser.add_argument('--resume', action='store_true', help='go on with --out_dir, or the newest run of its kind')
     parser.add_argument('--overwrite', action='store_true', help='delete the run that --out_dir holds')
     parser.add_argument('--eval_only', action='store_true', help='print the loss of the run in --out_dir, and stop')
     parser.add_fields(Settings, 'training')
@@ -351,7 +350,7 @@ def resolve(argv):
             if first.eval_only:
                 die(f'--eval_only {missing}: name a run with --out_dir')
             say(f'note: --resume {missing}: this is a new run from step 0')
-        elif Path(out_dir, 'config.json').exists():
+        if out_dir and Path(out_dir, 'config.json').exists():
             file = common.read_config(Path(out_dir, 'config.json'))
             first = parser.parse_known_args([*preset, *common.as_flags(file), *argv])[0]
             if first.model != file.get('model'):
@@ -376,12 +375,13 @@ def resolve(argv):
 
 
 def check(flags):
-    """Refuse numbers that make no sense, before anything is made."""
+    """Refuse numbers that make no sense, before anything is made. A scheme checks its own fields itself."""
     from_1 = ('batch_size', 'eval_interval', 'eval_tokens', 'log_interval', 'block_size', 'n_layer', 'n_head', 'n_embd')
-    limits = dict(dict.fromkeys(from_1, (1, 2 ** 31)), mask_prob=(0.001, 1),
-                  dropout=(0, 0.9999), beta1=(0, 0.9999), beta2=(0, 0.9999))
+    limits = dict.fromkeys([*vars(Settings()), 'vocab_size', 'init_std'], (0, 2 ** 31))
+    limits.update(dict.fromkeys(from_1, (1, 2 ** 31)))
+    limits.update(mask_prob=(0.001, 1), dropout=(0, 0.9999), beta1=(0, 0.9999), beta2=(0, 0.9999))
     for name, value in vars(flags).items():
-        low, high = limits.get(name, (0, 2 ** 31))
+        low, high = limits.get(name, (-2 ** 31, 2 ** 31))
         if isinstance(value, (int, float)) and not low <= value <= high:
             die(f'--{name} must be from {low} to {high}, not {value}')
     if not re.fullmatch(r'[\w.-]*\w[\w.-]*', flags.dataset):
@@ -414,7 +414,7 @@ def build(run, module, compiled):
     try:
         model = ddp = module.Model(run.config).to(run.device)
     except ValueError as e:
-        die(e)
+        die(f'{e} ({common.place(e)})')
     if compiled:
         model.compile(dynamic=False)
     if WORLD > 1:

@@ -111,9 +111,13 @@ def read_schemes(words):
 
 def check_run(out, words):
     """Refuse flags that train.py refuses, and a run in `out` that has other settings: before anything is trained."""
-    settings, _, config, _ = train.resolve(words)
+    settings, module, config, _ = train.resolve(words)
     if not (out / 'config.json').is_file():
         return
+    own = settings.model not in ('nope', 'composite', 'conv', 'kernelized')
+    if own and Path(module.__file__).stat().st_mtime > (out / 'config.json').stat().st_mtime:
+        die(f'{Path(module.__file__).name} has changed since {out} was trained with it: give this comparison another '
+            '--name, or delete that run')
     old = json.loads((out / 'config.json').read_text(encoding='utf-8'))
     for name, value in {**dataclasses.asdict(settings), **dataclasses.asdict(config)}.items():
         if name not in SAME_CURVE and old.get(name, value) != value:

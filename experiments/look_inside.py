@@ -111,6 +111,7 @@ SCHEMES = {'composite': softmax_attention, 'conv': softmax_attention, 'nope': so
            'kernelized': kernelized}  # any other file is measured
 
 
+@torch.no_grad()
 def look(model, idx, scheme, head=None):
     """One head of each layer at the tokens idx (1, T): -> a list of dicts, and which key a query sees, bool (T, T).
 

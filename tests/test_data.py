@@ -1,6 +1,7 @@
 """prepare_data.py: whole-text tokens, every kind of file, nothing half-made, nothing replaced silently."""
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -221,15 +222,23 @@ def test_documents_end_with_end_of_text(here):
     assert text == ''.join(f'document {i}<|endoftext|>' for i in range(200))
 
 
-def test_shakespeare_is_one_text_of_the_web(here, monkeypatch):
-    """The arguments that fetch it, tried on a local copy."""
-    Path('input.txt').write_text(TEXT, encoding='utf-8')
-    where, arguments, validation, rows_are_documents, tokenizer = prepare_data.CORPORA['shakespeare']
-    assert validation is None and tokenizer == 'bytes' and arguments['data_files'].startswith('https:')
-    local = (where, {**arguments, 'data_files': 'input.txt'}, validation, rows_are_documents, tokenizer)
-    monkeypatch.setitem(prepare_data.CORPORA, 'shakespeare', local)
+def test_shakespeare_is_one_text_of_the_web(here, monkeypatch, refused):
+    """Fetched from its address; without a network, one line that says what to do."""
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        return io.BytesIO(RAW)
+    monkeypatch.setattr(prepare_data.urllib.request, 'urlopen', urlopen)
     prepare('shakespeare')
-    assert joined('shakespeare') == RAW
+    assert joined('shakespeare') == RAW and asked == [prepare_data.SHAKESPEARE]
+
+    def no_network(url, timeout):
+        raise OSError('no network')
+    monkeypatch.setattr(prepare_data.urllib.request, 'urlopen', no_network)
+    shutil.rmtree('data')
+    line = refused(prepare, 'shakespeare')
+    assert 'no network' in line and '--path' in line
 
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='peak memory is read from /proc')
@@ -350,7 +359,7 @@ def test_tiktoken_is_not_there(here, monkeypatch, refused):
         raise ConnectionError('no route')
     monkeypatch.setattr(tiktoken, 'get_encoding', no_network)
     line = refused(prepare, 'novel', 'gpt2', 'novel.txt')
-    assert 'TIKTOKEN_CACHE_DIR' in line and '--tokenizer bytes' in line and 'installed' not in line
+    assert 'TIKTOKEN_CACHE_DIR' in line and 'installed' not in line
 
 
 @pytest.mark.parametrize('words, parts', [

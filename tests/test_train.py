@@ -425,6 +425,16 @@ def test_nothing_to_resume_is_said_first_and_last(train):
         assert 'found no checkpoint' not in train.out
 
 
+def test_resume_of_a_run_without_a_checkpoint_has_its_settings(train):
+    """A run that was killed before its first checkpoint starts again as it was."""
+    train.train('--model', 'composite', '--kernel_size', 5, '--max_iters', 1, '--out_dir', 'x')
+    for name in ('ckpt_last.pt', 'ckpt_best.pt'):
+        (train.folder / 'x' / name).unlink()
+    train('train.py', '--resume', '--out_dir', 'x')
+    config = json.loads((train.folder / 'x/config.json').read_text())
+    assert config['kernel_size'] == 5 and config['n_embd'] == 32 and checkpoint(train.folder / 'x')['step'] == 1
+
+
 def test_a_diverged_run_is_called_so(train):
     """Its loss is finite, and far above that of a uniform guess."""
     train.train('--model', 'nope', '--max_iters', 20, '--learning_rate', 30, '--warmup_iters', 1)
@@ -608,6 +618,18 @@ def test_refused_fields_of_ones_own_scheme(train, mine, field, part):
     mine('    init_std: float = 0.02', f'    {field}\n    init_std: float = 0.02')
     train('train.py', *train.words, '--model', 'mine', '--width', 4, code=2)
     one_line(train.err, field.split(':')[0].split(' ')[0], part, 'model_mine.py')
+
+
+def test_fields_of_ones_own_scheme_may_be_negative(train, mine):
+    mine('    init_std: float = 0.02', '    shift: float = -1.5  # moves all\n    init_std: float = 0.02')
+    train('train.py', *train.words, '--model', 'mine', '--max_iters', 1, '--shift', -2.5)
+    assert json.loads((train.folder / 'out/mine-causal-code/config.json').read_text())['shift'] == -2.5
+
+
+def test_what_ones_own_scheme_refuses_has_a_place(train, mine):
+    mine('        self.n_head = config.n_head\n', '        self.n_head = int("two")\n')
+    train('train.py', *train.words, '--model', 'mine', code=2)
+    one_line(train.err, 'invalid literal', 'model_mine.py, line ')
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import train as train_py
 from conftest import CORPORA, REPO, TINY, Run
 
 sys.path.insert(0, str(REPO / 'experiments'))
+import common  # noqa: E402
 import compare  # noqa: E402
 import convert  # noqa: E402
 import extrapolate  # noqa: E402
@@ -161,6 +162,23 @@ def test_a_failed_run_ends_the_comparison(monkeypatch, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             compare.train_run([], 'run 2 of 9: x')
         assert stop.value.code == code and 'stopped in run 2 of 9: x' in capsys.readouterr().err
+
+
+def test_a_changed_model_file_is_not_compared_by_its_old_runs(tmp_path, monkeypatch, capsys):
+    """A reader's own file that is newer than a run was not what trained it."""
+    monkeypatch.setattr(common, '__file__', str(tmp_path / 'common.py'))
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    monkeypatch.delitem(sys.modules, 'model_mine', raising=False)
+    file = tmp_path / 'model_mine.py'
+    file.write_text((REPO / 'model_nope.py').read_text(encoding='utf-8'), encoding='utf-8')
+    (tmp_path / 'config.json').write_text('{}')
+    os.utime(file, (1, 1))
+    compare.check_run(tmp_path, ['--model', 'mine'])
+    os.utime(tmp_path / 'config.json', (0, 0))
+    with pytest.raises(SystemExit):
+        compare.check_run(tmp_path, ['--model', 'mine'])
+    assert 'model_mine.py has changed' in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, 'model_mine')
 
 
 def test_schemes(monkeypatch, tmp_path):

@@ -1,14 +1,18 @@
 """
 Attention with linear biases (ALiBi): each head subtracts from its scores a multiple of the distance.
 
-Press, Smith, Lewis, "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation", ICLR 2022.
-https://arxiv.org/abs/2108.12409
+Press, Smith, Lewis, "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation",
+ICLR 2022. https://arxiv.org/abs/2108.12409
 
-    a_ij = q_i.k_j / sqrt(hs) - slope_h |i - j|          slope_h = 2^(-8h/n_head), h = 1 ... n_head   (section 3)
+    a_ij  =  q_i.k_j / sqrt(hs) - slope_h |i - j|          slope_h = 2^(-8h/n_head),  h = 1 ... n_head
 
-Nothing is learned. A baseline: model_nope.py and the few lines of the scheme. Departure from the paper: without the
-causal mask the bias falls on both sides, which the paper leaves open. Plain form: loops in test_equivalence.py. The bias
-is a (nh, T, T) tensor; with it torch's attention takes its memory-efficient kernel on CUDA, not flash attention.
+The slopes are not learned: the scheme has no parameters. The paper is about causal models; without the causal mask, the
+bias here falls on both sides alike. Where n_head is not a power of two, the authors' code takes other slopes; here the
+formula holds for any n_head.
+
+A baseline: the text of model_nope.py and the few lines of the scheme. Plain form: loops in test_equivalence.py. Fast
+form: torch's scaled_dot_product_attention. The bias is a tensor (nh, T, T), which torch's flash kernel for GPUs does not
+accept: the attention runs in the memory-efficient kernel and reads nh T^2 numbers more.
 """
 import math
 from dataclasses import dataclass
@@ -69,8 +73,9 @@ class Attention(nn.Module):
         S = k.size(2)
         j = torch.arange(S, device=x.device)
         distance = (j[S - T:, None] - j).abs()  # (T, S)
-        slopes = q.new_tensor([2 ** (-8 * h / self.n_head) for h in range(1, self.n_head + 1)])
-        bias = -slopes[:, None, None] * distance  # (nh, T, S)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        slopes = 2 ** (-8 * torch.arange(1, self.n_head + 1, device=x.device, dtype=wide) / self.n_head)  # (nh,)
+        bias = (-slopes[:, None, None] * distance).to(q.dtype)  # (nh, T, S)
         bias = torch.where(visible(T, S, self.causal, valid, x.device), bias, -math.inf)  # (nh or B, nh, T, S)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))

@@ -5,13 +5,19 @@ Vaswani et al., "Attention Is All You Need", NeurIPS 2017. https://arxiv.org/abs
 Likhomanenko, Xu, Synnaeve, Collobert, Rogozhnikov, "CAPE: Encoding Relative Positions with Continuous Augmented
 Positional Embeddings", NeurIPS 2021. https://arxiv.org/abs/2106.03143
 
-    embedding + E(p)          E(p) = [sin(p w_c), cos(p w_c)]          w_c = 10000^(-2c/C),  c = 0 ... C/2 - 1
+    x_i + E(p_i)          E(p) = [sin(p w_c), cos(p w_c)]          w_c = 10000^(-2c/C),  c = 0 ... C/2 - 1
 
-p is the place of the token, 0, 1, 2 ... In training, each text gets its own shift, scale, and a shift per token, so that
-only differences of places carry information:   p' = (p + shift + shift_i) scale. In evaluation, and with --no-augment,
-p stays as it is. A baseline: model_nope.py and the few lines of the scheme. Departures from the papers: sines stand
-before cosines, E is multiplied by init_std, so that it starts no larger than the embedding. Plain form: loops in
-test_equivalence.py.
+x_i is the embedding of token i, C = n_embd. In evaluation, and always with --no-augment (plain sinusoids), p_i = i. In
+training with augmentation, absolute positions are made unreliable, so that the model learns to use their differences:
+
+    p_i = lambda (i + shift + e_i)      shift ~ U(-5, 5),  e_i ~ U(-1/2, 1/2),  log lambda ~ U(-log 1.03, log 1.03)
+
+A text has one shift and one lambda; each token has its own e_i. The fields max_shift and max_scale set the 5 and the 1.03.
+
+A baseline: the text of model_nope.py and the few lines of the scheme. It departs from the papers in two points: all
+sines come before all cosines, instead of in turn, which is the same up to the order of the channels; E is multiplied
+by init_std, so that at the start it is not larger than the embedding.
+Plain form: loops in test_equivalence.py. Fast form: torch's scaled_dot_product_attention.
 """
 import math
 from dataclasses import dataclass
@@ -35,9 +41,9 @@ class Config:
     init_std: float = 0.02  # standard deviation of the initial Linear and Embedding weights
     scale_residual_init: bool = True  # scale the residual projections by 1/sqrt(2 n_layer), as GPT-2 does
     # the position scheme
-    augment: bool = True  # CAPE: places are shifted and scaled at random in training
-    max_shift: float = 5.0  # of a whole text, in tokens
-    max_scale: float = 1.1  # largest factor; the smallest is its inverse
+    augment: bool = True  # in training, positions are shifted and scaled at random (CAPE)
+    max_shift: float = 5.0  # largest shift of a whole text, in tokens, to either side
+    max_scale: float = 1.03  # largest factor of the positions of a text; the smallest is 1/max_scale
 
 
 def visible(T, S, causal=True, valid=None, device=None):
@@ -55,16 +61,17 @@ RELATIVE = False  # positions are absolute: a text that is moved gets other logi
 
 
 def augment(p, max_shift, max_scale):
-    """Places p (B, T) with a shift and a scale per text and a shift of at most half a step per token."""
-    shift = torch.empty_like(p[:, :1]).uniform_(-max_shift, max_shift)
-    scale = torch.empty_like(p[:, :1]).uniform_(-math.log(max_scale), math.log(max_scale)).exp()
-    return (p + shift + torch.empty_like(p).uniform_(-0.5, 0.5)) * scale
+    """Positions p (B, T) -> the same with a random shift and factor for each text and a random shift for each token."""
+    shift = torch.empty_like(p[:, :1]).uniform_(-max_shift, max_shift)  # (B, 1)
+    log_scale = torch.empty_like(shift).uniform_(-math.log(max_scale), math.log(max_scale))
+    return log_scale.exp() * (p + shift + torch.empty_like(p).uniform_(-0.5, 0.5))
 
 
 def sinusoids(p, C):
-    """Places p (B, T) -> (B, T, C)."""
+    """Positions p (B, T) -> (B, T, C): C/2 sines, then C/2 cosines, from fast to slow."""
     w = 10000 ** (-torch.arange(0, C, 2, device=p.device, dtype=p.dtype) / C)  # (C/2,)
-    return torch.cat(((p[..., None] * w).sin(), (p[..., None] * w).cos()), -1)
+    angle = p[..., None] * w  # (B, T, C/2)
+    return torch.cat((angle.sin(), angle.cos()), -1)
 
 
 class Attention(nn.Module):
@@ -129,6 +136,10 @@ class Model(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if config.n_embd % 2:
+            raise ValueError(f'n_embd must be even, half sines and half cosines, not {config.n_embd}')
+        if config.max_shift < 0 or config.max_scale < 1:
+            raise ValueError('max_shift must be 0 or more, max_scale 1 or more')
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.absolute else None
@@ -165,7 +176,8 @@ class Model(nn.Module):
                 limit = f'block_size={self.config.block_size}'
                 raise ValueError(f'absolute positions end at {limit}, got {past + T} tokens')
             x = x + self.wpe.weight[past:past + T]
-        p = torch.arange(past, past + T, device=idx.device).to(torch.promote_types(x.dtype, torch.float32)).expand(B, T)
+        wide = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 position 2001 would be 2000
+        p = torch.arange(past, past + T, device=idx.device, dtype=wide).expand(B, T)
         if self.training and self.config.augment:
             p = augment(p, self.config.max_shift, self.config.max_scale)
         x = x + self.config.init_std * sinusoids(p, x.size(2)).to(x.dtype)

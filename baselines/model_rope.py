@@ -1,17 +1,18 @@
 """
-Rotary position embeddings (RoPE): queries and keys are turned by an angle that grows with their position.
+Rotary position embedding (RoPE): queries and keys are turned by an angle that grows with their position.
 
 Su, Lu, Pan, Murtadha, Wen, Liu, "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
 https://arxiv.org/abs/2104.09864
 
-The channels c and c + hs/2 of a head are the two coordinates of a point in a plane. At position m the point is turned by
-the angle m theta_c, theta_c = 10000^(-2c/hs). A dot product of two turned vectors depends on the difference of their
-angles only, so the scores depend on the offset j - i (equation 16):
+The channels c and c + hs/2 of a head are the two coordinates of a point in a plane, c = 0 ... hs/2 - 1. At position i
+the point is turned by the angle i theta_c, theta_c = 10000^(-2c/hs). The dot product of two points depends only on the
+angle between them. So the scores depend on the offset j - i, although each turn depends on one position alone:
 
-    a_ij = (R_i q_i).(R_j k_j) / sqrt(hs) = q_i.(R_{j-i} k_j) / sqrt(hs)
+    a_ij  =  (R_i q_i).(R_j k_j) / sqrt(hs)  =  q_i.(R_{j-i} k_j) / sqrt(hs)          R_i: the turn at position i
 
-A baseline: model_nope.py and the few lines of the scheme. Departure from the paper: the pairs are (c, c + hs/2) and not
-(2c, 2c + 1), as in most code of today; that only renames the channels. Plain form: loops in test_equivalence.py.
+A baseline: the text of model_nope.py and the few lines of the scheme. It departs from the paper in the pairs of
+channels: (c, c + hs/2), as in most code since, instead of (2c, 2c + 1). That only reorders the channels.
+Plain form: loops in test_equivalence.py. Fast form: torch's scaled_dot_product_attention.
 """
 import math
 from dataclasses import dataclass
@@ -49,12 +50,13 @@ def visible(T, S, causal=True, valid=None, device=None):
 
 def rotate(x, past=0):
     """Turn the channels (c, c + hs/2) of token i of x (B, nh, T, hs) by the angle (past + i) 10000^(-2c/hs)."""
-    wide = torch.promote_types(x.dtype, torch.float32)  # angles of bfloat16 would be wrong by whole turns
+    wide = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 position 2001 would be 2000
     theta = 10000 ** (-torch.arange(0, x.size(-1), 2, device=x.device, dtype=wide) / x.size(-1))  # (hs/2,)
     angle = torch.arange(past, past + x.size(2), device=x.device, dtype=wide)[:, None] * theta  # (T, hs/2)
     a, b = x.to(wide).chunk(2, -1)  # each (B, nh, T, hs/2)
-    turned = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
-    return torch.cat(turned, -1).to(x.dtype)
+    cos = angle.cos()
+    sin = angle.sin()
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -75,8 +77,9 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, nh, T, hs)
-        past = 0 if state is None else state['seen']
-        q, k = rotate(q, past), rotate(k, past)
+        past = 0 if state is None else state['seen']  # tokens fed before these
+        q = rotate(q, past)
+        k = rotate(k, past)  # the state holds turned keys
         if state is not None:  # decoding: the keys and values of the past come first
             if 'k' in state:
                 k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)

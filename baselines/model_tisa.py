@@ -1,14 +1,17 @@
 """
-Translation-invariant self-attention (TISA): a smooth function of the offset, made of a few bumps, is added to the scores.
+Translation-invariant self-attention (TISA): a smooth function of the offset is added to the scores.
 
 Wennberg, Henter, "The Case for Translation-Invariant Self-Attention in Transformer-Based Language Models", ACL 2021.
 https://arxiv.org/abs/2106.01950
 
-    a_ij = q_i.k_j / sqrt(hs) + f(j - i)          f(o) = sum_s a_s exp(-|b_s| (o - c_s)^2)          (equations 4, 5)
+    a_ij  =  q_i.k_j / sqrt(hs) + f(j - i)          f(o) = sum_s a_s exp(-|b_s| (o - c_s)^2)
 
-Each head of each layer has its own S = 5 bumps: height a, width b, offset c, all learned. f is defined at every offset,
-so nothing is clipped. A baseline: model_nope.py and the few lines of the scheme. Departures from the paper: the starting
-values (a and c are small and random, b = 1/16), and causal models. Plain form: loops in test_equivalence.py.
+f is a sum of n_bumps bumps of height a_s, sharpness |b_s| and centre c_s. All are learned; each head of each layer has
+its own. f is defined at every offset, so no offset is clipped. The starting values are those of the authors' code.
+
+A baseline: the text of model_nope.py and the few lines of the scheme. It departs from the paper in that it also trains
+causal models; the paper has masked ones. Plain form: loops in test_equivalence.py. Fast form: f is computed once per
+offset, not once per pair, then torch's scaled_dot_product_attention.
 """
 import math
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ class Config:
     init_std: float = 0.02  # standard deviation of the initial Linear and Embedding weights
     scale_residual_init: bool = True  # scale the residual projections by 1/sqrt(2 n_layer), as GPT-2 does
     # the position scheme
-    n_bumps: int = 5  # bumps of each head
+    n_bumps: int = 5  # bumps in the function of the offset that each head adds to its scores
 
 
 def visible(T, S, causal=True, valid=None, device=None):
@@ -57,9 +60,11 @@ class Attention(nn.Module):
         self.causal = config.causal
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.a = nn.Parameter(0.1 * torch.randn(config.n_head, config.n_bumps))
-        self.b = nn.Parameter(torch.full((config.n_head, config.n_bumps), 1 / 16))
-        self.c = nn.Parameter(4 * torch.randn(config.n_head, config.n_bumps))
+        if config.n_bumps < 1:
+            raise ValueError(f'n_bumps must be 1 or more, not {config.n_bumps}')
+        self.a = nn.Parameter(0.1 + 0.01 * torch.randn(config.n_head, config.n_bumps))  # height
+        self.b = nn.Parameter(0.1 + 0.01 * torch.randn(config.n_head, config.n_bumps))  # sharpness
+        self.c = nn.Parameter(5 * torch.randn(config.n_head, config.n_bumps))  # centre, in tokens
 
     def forward(self, x, valid=None, state=None):
         B, T, C = x.shape
@@ -73,9 +78,9 @@ class Attention(nn.Module):
             state.update(k=k, v=v, valid=valid)
         S = k.size(2)
         offsets = torch.arange(1 - S, T, device=x.device)  # all offsets j - i, (S+T-1,)
-        bumps = torch.exp(-self.b.abs()[..., None] * (offsets - self.c[..., None]) ** 2)  # (nh, S_bumps, S+T-1)
+        bumps = torch.exp(-self.b.abs()[..., None] * (offsets - self.c[..., None]) ** 2)  # (nh, n_bumps, S+T-1)
         f = (self.a[..., None] * bumps).sum(1)  # (nh, S+T-1)
-        bias = f.unfold(1, S, 1).flip(1).to(q.dtype)  # (nh, T, S): the last query is the first to start at 1-S
+        bias = f.unfold(1, S, 1).flip(1).to(q.dtype)  # (nh, T, S); the row of the last query starts at offset 1-S
         bias = torch.where(visible(T, S, self.causal, valid, x.device), bias, -math.inf)  # (nh or B, nh, T, S)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))

@@ -11,8 +11,8 @@ bias here falls on both sides alike. Where n_head is not a power of two, the aut
 formula holds for any n_head.
 
 A baseline: the text of model_nope.py and the few lines of the scheme. Plain form: loops in test_equivalence.py. Fast
-form: torch's scaled_dot_product_attention. The bias is a tensor (nh, T, T), which torch's flash kernel for GPUs does not
-accept: the attention runs in the memory-efficient kernel and reads nh T^2 numbers more.
+form: torch's scaled_dot_product_attention. The bias is a tensor (nh, T, T), which torch's flash kernel for GPUs does
+not accept: the attention runs in the memory-efficient kernel and reads nh T^2 numbers more.
 """
 import math
 from dataclasses import dataclass

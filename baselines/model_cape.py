@@ -12,7 +12,7 @@ training with augmentation, absolute positions are made unreliable, so that the 
 
     p_i = lambda (i + shift + e_i)      shift ~ U(-5, 5),  e_i ~ U(-1/2, 1/2),  log lambda ~ U(-log 1.03, log 1.03)
 
-A text has one shift and one lambda; each token has its own e_i. The fields max_shift and max_scale set the 5 and the 1.03.
+A text has one shift and one lambda; each token has its own e_i. Fields max_shift and max_scale set the 5 and the 1.03.
 
 A baseline: the text of model_nope.py and the few lines of the scheme. It departs from the papers in two points: all
 sines come before all cosines, instead of in turn, which is the same up to the order of the channels; E is multiplied

@@ -5,8 +5,9 @@ Su, Lu, Pan, Murtadha, Wen, Liu, "RoFormer: Enhanced Transformer with Rotary Pos
 https://arxiv.org/abs/2104.09864
 
 The channels c and c + hs/2 of a head are the two coordinates of a point in a plane, c = 0 ... hs/2 - 1. At position i
-the point is turned by the angle i theta_c, theta_c = 10000^(-2c/hs). The dot product of two points depends only on the
-angle between them. So the scores depend on the offset j - i, although each turn depends on one position alone:
+the point is turned by the angle i theta_c, theta_c = 10000^(-2c/hs). The dot product of two points depends only on
+their lengths and the angle between them. So the scores depend on the offset j - i alone, although each turn depends on
+one position alone:
 
     a_ij  =  (R_i q_i).(R_j k_j) / sqrt(hs)  =  q_i.(R_{j-i} k_j) / sqrt(hs)          R_i: the turn at position i
 

@@ -8,9 +8,9 @@ A book of proofs: what equals what in this project, checked on random numbers, v
 The left side of each row is the code of a model file. The right side is written here, as explicit matrices or sums,
 and never calls what it checks. Exact claims are in float64. A difference is relative to the right side's largest entry.
 
-Your own model_mine.py, beside this file or in baselines/, is found without an edit: chapter 6 checks what every model
+Your own model_mine.py, beside this file or in baselines/, is found without an edit: chapter 7 checks what every model
 promises. A wrong formula can keep these promises. To prove yours, write the layer a second time in model_mine.py, as
-plain loops over single queries, and chapter 6 compares the two:
+plain loops over single queries, and chapter 7 compares the two:
 
     def equation(attention, x):  # your Attention, x (B, T, C) -> (B, T, C)
 
@@ -42,8 +42,9 @@ CHAPTERS = {
     3: 'Convolutions before, inside and after attention, or replacing it (Chang et al.; Wu et al., ICLR 2019)',
     4: 'Kernelized attention with relative positions (Luo et al., NeurIPS 2021)',
     5: 'No positions (Chi et al., ACL 2023)',
-    6: 'What every model promises',
-    7: 'The same on a GPU',
+    6: 'Baselines: RoPE, ALiBi, TISA and sinusoids with CAPE (baselines/)',
+    7: 'What every model promises',
+    8: 'The same on a GPU',
 }
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / 'baselines'))
@@ -76,6 +77,9 @@ def proof(chapter, *models):
         @wraps(test)
         def run():
             CASES.clear()
+            missing = [name for name in models if name not in FILES]
+            if missing:
+                return remark(f'not checked: model_{missing[0]}.py is not here')
             try:
                 test()
             except Exception as error:  # whatever it is, it is a red row, and the book goes on
@@ -149,6 +153,7 @@ VARIANTS = {  # of our own files, at small sizes; any other file runs with its d
     'kernelized, plain features': ('kernelized', dict(normalize=False, rpe=False, n_features=8)),
 }
 OURS = {file for file, _ in VARIANTS.values()}
+BASELINES = ('rope', 'alibi', 'tisa', 'cape')  # in baselines/
 
 
 def chosen(*modules):
@@ -192,12 +197,12 @@ def with_gradients(f, inputs, parameters=()):
     return [y.detach(), *torch.autograd.grad(y, [*inputs, *parameters], cotangent, materialize_grads=True)]
 
 
-def check_layer(row, case, module, equation, tolerance=1e-11, **fields):
+def check_layer(row, case, module, equation, tolerance=1e-11, tokens=T, **fields):
     """The Attention of a module = equation(attention, x), causal and on both sides, and every parameter's gradient."""
     for causal, side in SIDES:
         model, _ = make(module, causal=causal, n_layer=1, n_head=H, n_embd=H * D, **fields)
         attention = model.h[0].attn
-        x = random(B, T, H * D)
+        x = random(B, tokens, H * D)
         ours = with_gradients(attention, [x], attention.parameters())
         reference = with_gradients(partial(equation, attention), [x], attention.parameters())
         check(row, f'{side}, {case}', ours, reference, tolerance, least=1e-3)
@@ -727,9 +732,152 @@ def test_nope_is_plain_attention():
     check_true('no mask but positions: they differ', 'absolute', apart(*logits(nope, causal=False, absolute=True)))
 
 
-# --------------------------------------------------------------------------- chapter 6: what every model promises
+# ----------------------------------------------------------------------------------------------- chapter 6: baselines
 
-@proof(6)
+LENGTHS = (1, T, 40)  # 40 tokens: more than block_size
+
+
+def check_baseline(name, module, equation, **fields):
+    """The Attention of a baseline = its equation, at several lengths and in pieces from a state."""
+    for tokens in LENGTHS:
+        check_layer(f'{name} layer = its equation', f'{tokens} tokens', module, equation, tokens=tokens, **fields)
+    attention = make(module, n_layer=1, n_head=H, n_embd=H * D, **fields)[0].h[0].attn
+    x = random(B, T, H * D)
+    state = {'seen': 0}
+    parts = []
+    for part in x.split((4, 1, 1, T - 6), 1):
+        parts.append(attention(part, torch.ones(part.shape[:2]).bool(), state))
+        state['seen'] += part.size(1)
+    check(f'{name} layer in pieces from a state = its equation', 'causal', torch.cat(parts, 1), equation(attention, x))
+
+
+def turned(x, positions):
+    """x (B, nh, T, hs): each token times the rotation matrix of its position, written entry by entry."""
+    half = x.size(3) // 2
+    rotations = torch.zeros(x.size(2), x.size(3), x.size(3)).double()
+    for i, c in product(range(x.size(2)), range(half)):
+        angle = positions[i] / 10000 ** (2 * c / x.size(3))
+        rotations[i, c, c] = rotations[i, c + half, c + half] = math.cos(angle)
+        rotations[i, c, c + half] = -math.sin(angle)
+        rotations[i, c + half, c] = math.sin(angle)
+    return (rotations @ x[..., None])[..., 0]
+
+
+@proof(6, 'rope')
+def test_rotary_positions_are_relative():
+    """RoPE: each query and key times the rotation matrix of its position; the scores depend on the offset alone."""
+    rope = import_module('model_rope')
+
+    def equation(attention, x):
+        q, k, v = projections(attention, x)
+        positions = range(x.size(1))
+        return output(attention, softmax(equation_6(turned(q, positions), turned(k, positions)), v, attention.causal))
+    check_baseline('RoPE', rope, equation)
+    q, k, _ = random_qkv()
+    for past in (0, 7, 5000):
+        compare('rotate = the rotation matrices', f'{past} tokens before', partial(rope.rotate, past=past),
+                partial(turned, positions=range(past, past + T)), [q])
+        scores = rope.rotate(q, past) @ rope.rotate(k, past).transpose(2, 3)
+        pairs = [(turned(k, [j - i for j in range(T)]) * q[:, :, i, None]).sum(-1) for i in range(T)]
+        check('scores = q_i.(R_{j-i} k_j): the offset alone', f'{past} tokens before', scores, torch.stack(pairs, 2))
+    check_true('without the turns they differ', f'{T} tokens', apart(rope.rotate(q) @ rope.rotate(k).mT, q @ k.mT))
+    x = random(B, H, T, 64).detach().bfloat16()
+    exact = turned(x.double(), range(2001, 2001 + T))
+    check('bfloat16: the angles are float32', 'from position 2001', rope.rotate(x, 2001), exact, 0.01)
+
+
+@proof(6, 'alibi')
+def test_linear_biases():
+    """ALiBi: the score of head h = 1 ... n_head loses 2^(-8h/n_head) for each token of distance."""
+    alibi = import_module('model_alibi')
+
+    def equation(attention, x):
+        q, k, v = projections(attention, x)
+        scores = equation_6(q, k)
+        bias = torch.zeros_like(scores)
+        for h, i, j in product(range(H), range(x.size(1)), range(x.size(1))):
+            bias[:, h, i, j] = -abs(i - j) / 2 ** (8 * (h + 1) / H)
+        return output(attention, softmax(scores + bias, v, attention.causal))
+    check_baseline('ALiBi', alibi, equation)
+
+
+@proof(6, 'tisa')
+def test_bumps_over_the_offset():
+    """TISA: the score of an offset o gains sum_s a_s exp(-|b_s| (o - c_s)^2), with a, b and c of each head."""
+    tisa = import_module('model_tisa')
+
+    def equation(attention, x):
+        q, k, v = projections(attention, x)
+        n = x.size(1)
+        gains = dict.fromkeys(range(1 - n, n), 0)  # of each offset, (nh,)
+        for o, s in product(gains, range(attention.a.size(1))):
+            bump = math.e ** (-attention.b[:, s].abs() * (o - attention.c[:, s]).square())
+            gains[o] = gains[o] + attention.a[:, s] * bump
+        bias = torch.stack([torch.stack([gains[j - i] for j in range(n)], 1) for i in range(n)], 1)  # (nh, T, T)
+        return output(attention, softmax(equation_6(q, k) + bias, v, attention.causal))
+    check_baseline('TISA', tisa, equation)
+    check_layer('TISA layer = its equation', 'two bumps', tisa, equation, n_bumps=2)
+
+
+def sinusoid_table(n, channels):
+    """(n, channels): channel c is sin(p / 10000^(2c/channels)), the channel channels/2 after it the cosine."""
+    table = torch.zeros(n, channels).double()
+    for p, c in product(range(n), range(channels // 2)):
+        angle = p / 10000 ** (2 * c / channels)
+        table[p, c] = math.sin(angle)
+        table[p, c + channels // 2] = math.cos(angle)
+    return table
+
+
+@proof(6, 'cape')
+def test_sinusoids():
+    """Sinusoids are absolute positions that are not learned: a NoPE model with --absolute and this very table."""
+    cape = import_module('model_cape')
+    for (causal, side), tokens in product(SIDES, LENGTHS):
+        model, _ = make(cape, causal=causal, init_std=0.7)
+        reference, _ = make(nope, causal=causal, absolute=True, block_size=tokens)
+        reference.load_state_dict({**model.state_dict(), 'wpe.weight': 0.7 * sinusoid_table(tokens, 16)})
+        reference.wpe.requires_grad_(False)
+        idx = torch.randint(50, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+        pair = []
+        for each in (model, reference):
+            trained = [p for p in each.parameters() if p.requires_grad]
+            pair.append(with_gradients(lambda: each(idx)[0], [], trained))
+        check('sinusoids = a table of absolute positions', f'{side}, {tokens} tokens', *pair, 1e-11, least=1e-3)
+        if causal:
+            state = model.new_state()
+            parts = [model(part, state=state)[0] for part in idx.split(7, 1)]
+            check('in pieces from a state = the table', f'{tokens} tokens', torch.cat(parts, 1), reference(idx)[0])
+
+
+@proof(6, 'cape')
+def test_augmentation_is_for_training():
+    """CAPE moves positions in training only: a shift and a factor for each text, half a step at most for each token."""
+    cape = import_module('model_cape')
+    model, idx = make(cape, init_std=0.7)
+    plain, _ = make(cape, init_std=0.7, augment=False)
+    logits = model(idx)[0]
+    check('evaluation = plain sinusoids', 'logits', logits, plain(idx)[0], 0)
+    check('training with --no-augment = evaluation', 'logits', plain.train()(idx)[0], logits, 0)
+    check_true('training with augmentation is another thing, each time', 'first', apart(model.train()(idx)[0], logits))
+    check_true('training with augmentation is another thing, each time', 'second', apart(model(idx)[0], model(idx)[0]))
+    torch.manual_seed(0)
+    p = torch.arange(1000, 1009).double().expand(4000, 9)  # positions of 4,000 texts
+    bounds = {  # what: (moved by, largest)
+        'each token': (cape.augment(p, 0, 1) - p, 0.5),
+        'a text': ((cape.augment(p, 5, 1) - p).mean(1), 5),
+        'the logarithm of the factor': ((cape.augment(p, 0, 1.5) / p).log().mean(1), math.log(1.5)),
+    }
+    for what, (moved, largest) in bounds.items():
+        ends = torch.stack((moved.min(), moved.max()))
+        check('augmentation reaches its bounds and stays there', what, ends, torch.tensor((-largest, largest)), 0.07)
+    within = cape.augment(p, 5, 1) - p
+    check_true('tokens of a text share one shift', '5', ((within.amax(1) - within.amin(1)) <= 1).all())
+
+
+# --------------------------------------------------------------------------- chapter 7: what every model promises
+
+@proof(7)
 def test_later_tokens_change_nothing_before_them():
     """Causality: a token changes no logit before it, and no gradient flows from there to it."""
     def changed_at_13(model, idx):
@@ -747,7 +895,7 @@ def test_later_tokens_change_nothing_before_them():
         check('by FFT: the same except for rounding', 'kernelized', changed[:, :13], logits[:, :13])
 
 
-@proof(6)
+@proof(7)
 def test_padding_changes_nothing():
     """Padding that is marked as such changes neither logits nor loss."""
     valid = (torch.arange(21) < 14).expand(2, -1)
@@ -766,7 +914,7 @@ def test_padding_changes_nothing():
             check('loss with padding = mean over the real tokens', case, model(idx, targets, valid=valid)[1], by_hand)
 
 
-@proof(6)
+@proof(7)
 def test_shifting_the_input_shifts_the_output():
     """Only offsets count: a text between paddings gives the same logits wherever it stands."""
     def logits(model, idx, n):
@@ -785,7 +933,7 @@ def test_shifting_the_input_shifts_the_output():
                 check_true('not relative: moving a text changes its logits', case, apart(moved, start))
 
 
-@proof(6)
+@proof(7)
 def test_decoding_is_the_parallel_form():
     """What is fed piece by piece from a state gives the logits of the whole text: sampling is what was trained."""
     valid = torch.ones(2, 21).bool()
@@ -802,7 +950,7 @@ def test_decoding_is_the_parallel_form():
         check('decoding after a padded prompt = all at once', name, torch.cat(parts, 1)[valid], whole[valid])
 
 
-@proof(6)
+@proof(7)
 def test_any_length():
     """A text may be longer than block_size, unless the scheme refuses it in words; its beginning does not notice."""
     for name, relative, model, idx in schemes():
@@ -811,13 +959,13 @@ def test_any_length():
         try:
             long = model(torch.cat((idx, idx, idx), 1))[0]  # 63 tokens, block_size 24
         except ValueError as refusal:
-            promised = relative and name in VARIANTS
+            promised = name != 'absolute' and name in (*VARIANTS, *BASELINES)
             check_true('refused: a ValueError names block_size', name, 'block_size' in str(refusal) and not promised)
         else:
             check('beyond block_size: the beginning = the beginning alone', name, long[:, :21], short)
 
 
-@proof(6)
+@proof(7)
 def test_predicting_some_places_is_predicting_all():
     """A masked model that predicts at some places only gives the logits and the loss of these places."""
     where = torch.tensor([[1, 4, 20], [0, 2, 3]])
@@ -831,24 +979,24 @@ def test_predicting_some_places_is_predicting_all():
         check('logits and loss at some places = those of all places', name, ours, [picked, loss])
 
 
-@proof(6)
+@proof(7)
 def test_equation_of_its_own():
-    """Any other model file is compared with its own equation; those of this project have theirs in chapters 1 to 5."""
+    """Any other model file is compared with its own equation; those of this project have theirs in chapters 1 to 6."""
     others = [name for name in CHOSEN if name not in OURS]
-    if not others:
+    if not set(others) - set(BASELINES):
         remark('no other model file is checked; the top of test_equivalence.py says how to add yours')
     for name in others:
         module = import_module(f'model_{name}')
         if hasattr(module, 'equation'):
             row = f'Attention of model_{name}.py = its equation(attention, x)'
             check_layer(row, 'the defaults', module, module.equation, 1e-9)
-        else:
+        elif name not in BASELINES:
             remark(f'model_{name}.py has no equation(attention, x): the rows above cannot see a wrong formula')
 
 
-# ----------------------------------------------------------------------------------- chapter 7: the same on a GPU
+# ----------------------------------------------------------------------------------- chapter 8: the same on a GPU
 
-@proof(7)
+@proof(8)
 def test_models_on_a_gpu():
     """Every model in bfloat16, eager and compiled, is near to float64 on the CPU."""
     if not torch.cuda.is_available():
@@ -872,7 +1020,7 @@ def test_models_on_a_gpu():
                 check(row, case, ours, plain, 0.1)
 
 
-@proof(7, 'composite', 'kernelized')
+@proof(8, 'composite', 'kernelized')
 def test_fast_forms_on_a_gpu():
     """The fast forms on a GPU are the dense forms in float32 there."""
     if not torch.cuda.is_available():
@@ -934,7 +1082,8 @@ def main():
     torch.set_num_threads(1)  # many tiny tensors
     chapter = rows = cases = failed = 0
     for test in [value for name, value in globals().items() if name.startswith('test_')]:
-        if test.models and not set(test.models) & set(CHOSEN):
+        asked = set(arguments.models or test.models)  # the whole book also names what is missing
+        if test.models and not set(test.models) & asked:
             continue
         with contextlib.suppress(AssertionError):  # CASES knows what failed
             test()

@@ -23,7 +23,6 @@ Writes experiments/results/attention_variance.png and .csv (what, sigma, layer, 
 out/quick/attention_variance-quick.
 """
 import argparse
-import importlib
 import math
 import textwrap
 
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 from lib import common_flags, parse, positive, pyplot, save, short_names, text, write_csv
 
-from common import die
+from common import die, load_model_file
 from sample import load_run
 
 SIZES = {'n_embd': (768, 256), 'n_head': (12, 4), 'n_layer': (12, 4), 'block_size': (512, 256)}  # full, with --quick
@@ -40,7 +39,7 @@ HEADER = ('what', 'sigma', 'layer', 'm', 'variance', 'theory')
 
 def random_model(name, sigma, seed, device, **config):
     """A frozen model as the theory wants it; sigma is meant at width 768."""
-    module = importlib.import_module(f'model_{name}')
+    module = load_model_file(name)
     sigma = sigma * math.sqrt(768 / config['n_embd'])
     torch.manual_seed(seed)
     try:

@@ -7,10 +7,10 @@ Train several position schemes at equal budget, with several seeds, and compare 
     python experiments/compare.py --name python-small --train --preset small   # all after --train goes to train.py
 
 The question of Chang et al. 2021, Tables 1 to 3 (masked: no positions, absolute, fixed, dynamic, composite,
-convolutions), answered by the loss itself. The last six schemes answer the WikiText-103 table of Luo et al. 2021:
+convolutions), answered by the loss itself. The last six before rope answer the WikiText-103 table of Luo et al. 2021:
 softmax with a fixed kernel of 257 offsets (which their table lacks); with absolute positions elu + 1, plain positive
 features (prf), normalised ones (nprf) and normalised trigonometric ones (trf: RFA); and the paper's own scheme, nprf
-with relative positions of the same 257 offsets.
+with relative positions of the same 257 offsets. The schemes rope, alibi, tisa and cape are the files of baselines/.
 Runs stay in out/compare/ and are not trained twice: an interrupted comparison goes on where it stopped. Runs of one
 --name have the same settings; other settings need another name.
 Writes experiments/results/compare-<name>[-<objective, if only one>].csv and .png. The CSV's first line is the command.
@@ -55,9 +55,14 @@ SCHEMES = {  # name: flags of train.py
     'prf+absolute': ['--model', 'kernelized', '--absolute', '--no-normalize', '--no-rpe'],
     'nprf+absolute': ['--model', 'kernelized', '--absolute', '--no-rpe'],
     'nprf+rpe': ['--model', 'kernelized'],
+    'rope': ['--model', 'rope'],
+    'alibi': ['--model', 'alibi'],
+    'tisa': ['--model', 'tisa'],
+    'cape': ['--model', 'cape'],
 }
 PALETTE = ('C0 C1 C2 C3 C4 C5 C6 C7 C8 C9 '
-           '#aec7e8 #ffbb78 #98df8a #ff9896 #c5b0d5 #c49c94 #e7cb94 #8c6d31 #000000').split()
+           '#aec7e8 #ffbb78 #98df8a #ff9896 #c5b0d5 #c49c94 #e7cb94 #8c6d31 #000000 '
+           '#006d5b #b30059 #5f9ea0 #7f7f00').split()
 OWN_PALETTE = '#ff00ff #00c000 #0000ff #ffd700 #800000 #00ced1'.split()  # for schemes that SCHEMES does not know
 QUICK = ('--max_iters 60 --n_layer 2 --n_embd 64 --batch_size 16 --warmup_iters 10 --eval_interval 20 '
          '--eval_tokens 16384').split()

@@ -230,7 +230,8 @@ def print_table(rows):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = sorted(path.stem[6:] for path in REPO.glob('model_*.py'))
+    files = (*REPO.glob('model_*.py'), *REPO.glob('baselines/model_*.py'))
+    models = sorted(path.stem[6:] for path in files)
     parser.add_argument('--model', choices=models,
                         help='probe random models of this file (default nope, if there is no --out_dir)')
     for name, (full, quick, note) in SIZES.items():

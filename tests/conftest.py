@@ -16,9 +16,10 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)  # a second thread gains nothing in small tests, and waits long where other work holds its core
 REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / 'experiments')]
+sys.path[:0] = [str(REPO), str(REPO / 'experiments'), str(REPO / 'baselines')]
 CORPORA = Path(os.environ.get('CORPORA', REPO.parent / 'shared' / 'data'))  # real texts; without them tests skip
 MODELS = ['nope', 'composite', 'conv', 'kernelized']
+BASELINES = ['rope', 'alibi', 'tisa', 'cape']  # in baselines/
 # a model that trains in a second
 TINY = '--n_layer 2 --n_embd 32 --n_head 2 --block_size 32 --batch_size 8 --eval_tokens 2048 --device cpu'.split()
 

@@ -1,6 +1,7 @@
 """The rules of this repository: the model files share one text outside their scheme; the README's commands are real."""
 import ast
 import dataclasses
+import difflib
 import importlib
 import re
 import subprocess
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 import train
-from conftest import MODELS, REPO
+from conftest import BASELINES, MODELS, REPO
 
 
 def parts(name):
-    """Source text of each top-level class and function of a model file, and its syntax tree."""
-    source = (REPO / f'model_{name}.py').read_text(encoding='utf-8')
+    """Source text of each top-level class and function of a model file, its syntax tree, and its whole text."""
+    folder = REPO / 'baselines' if name in BASELINES else REPO
+    source = (folder / f'model_{name}.py').read_text(encoding='utf-8')
     tree = ast.parse(source)
     named = [n for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
     return {n.name: ast.get_source_segment(source, n) for n in named}, tree, source
@@ -55,6 +57,46 @@ def test_model_file_is_self_contained_and_in_order(name):
         assert not isinstance(n, ast.FunctionDef) or ast.get_docstring(n), f'{n.name} has no docstring'
 
 
+def code_lines(name):
+    """The lines of a model file without docstrings and blank lines."""
+    _, tree, source = parts(name)
+    prose = set()
+    for n in ast.walk(tree):
+        if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(n):
+            prose |= set(range(n.body[0].lineno, n.body[0].end_lineno + 1))
+    return [line for i, line in enumerate(source.splitlines(), 1) if line.strip() and i not in prose]
+
+
+@pytest.mark.parametrize('name', BASELINES)
+def test_baseline_is_nope_and_a_few_lines(name):
+    """At most 25 lines of code that model_nope.py has not, and at most 25 of its lines that are gone."""
+    ours, tree, source = parts(name)
+    control, _, theirs = parts('nope')
+    changes = list(difflib.ndiff(code_lines('nope'), code_lines(name)))
+    for sign in '+-':
+        changed = [line for line in changes if line.startswith(sign)]
+        assert len(changed) <= 25, '\n'.join(changed)
+    for shared in ('visible', 'MLP', 'Block', 'Attention' if name == 'cape' else 'Model'):
+        assert ours[shared] == control[shared], f'{shared} of model_{name}.py is not the text of model_nope.py'
+    assert ours['Config'].startswith(control['Config']) and list(ours)[-4:] == ['Attention', 'MLP', 'Block', 'Model']
+    assert source.split('"""')[2].startswith(theirs.split('"""')[2].split('@dataclass')[0]), 'the imports'
+    for n in tree.body:
+        assert not isinstance(n, ast.FunctionDef) or ast.get_docstring(n), f'{n.name} has no docstring'
+
+
+@pytest.mark.parametrize('name, fields, message', [
+    ('rope', dict(n_embd=12), 'even number of channels, not 3'),
+    ('tisa', dict(n_bumps=0), 'n_bumps must be 1 or more, not 0'),
+    ('cape', dict(n_embd=15, n_head=3), 'n_embd must be even, .* not 15'),
+    ('cape', dict(max_scale=0.9), 'max_shift must be 0 or more, max_scale 1 or more'),
+    ('cape', dict(max_shift=-1.0), 'max_shift must be 0 or more, max_scale 1 or more'),
+], ids=str)
+def test_baselines_refuse_in_words(name, fields, message):
+    module = importlib.import_module(f'model_{name}')
+    with pytest.raises(ValueError, match=message):
+        module.Model(module.Config(**fields))
+
+
 def our_files(*kinds):
     """The files of this repository that git tracks: a reader's own files need not follow these rules."""
     listed = subprocess.run(['git', 'ls-files'], cwd=REPO, capture_output=True, text=True)
@@ -76,7 +118,7 @@ def test_lines_and_functions_are_short():
     assert not wide and not tall, (wide, tall)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', MODELS + BASELINES)
 def test_contract_of_a_model_file(name):
     """Design of the shared interface: fields, shapes, parameter names."""
     module = importlib.import_module(f'model_{name}')
@@ -103,7 +145,7 @@ def test_contract_of_a_model_file(name):
         model(idx[:, :17])
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', MODELS + BASELINES)
 def test_initialisation(name):
     module = importlib.import_module(f'model_{name}')
     for scaled in (True, False):
@@ -137,7 +179,7 @@ def test_initialisation_of_kernels():
         assert kernel.shape == (17, 128) and uniform(kernel)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', MODELS + BASELINES)
 def test_dropout(name):
     """On the embedding and on both branches, in training alone."""
     module = importlib.import_module(f'model_{name}')

@@ -1,7 +1,7 @@
 """The equalities can fail: plant one error at a time in a copy of the model files, and test_equivalence.py turns red.
 
     python tests/test_planted_errors.py         # the table: each error, and the first row that catches it
-    python tests/test_planted_errors.py padding # only the errors with this word in their name
+    python tests/test_planted_errors.py padding # only the errors with this word in their name, in any case of letters
 """
 import contextlib
 import io
@@ -17,6 +17,7 @@ REPO = Path(__file__).resolve().parents[1]
 COMPOSITE, CONV, KERNELIZED, NOPE = [f'model_{name}.py' for name in ('composite', 'conv', 'kernelized', 'nope')]
 NOPE_COMPOSITE = f'{NOPE} {COMPOSITE}'
 ALL = f'{NOPE} {COMPOSITE} {CONV}'
+ROPE, ALIBI, TISA, CAPE = [f'baselines/model_{name}.py' for name in ('rope', 'alibi', 'tisa', 'cape')]
 # what: (files, right, wrong); the right text stands exactly once in each of the files
 ERRORS = {
     'offset mirrored': (
@@ -351,6 +352,94 @@ ERRORS = {
         KERNELIZED,
         'F.pad(c, (0, T - 1 if causal else 0))',
         'F.pad(c, (0, T - 1 if causal else 0), value=1e-3)'),
+    'RoPE: sign of the angle': (
+        ROPE,
+        '(a * cos - b * sin, a * sin + b * cos)',
+        '(a * cos + b * sin, b * cos - a * sin)'),
+    'RoPE: base': (
+        ROPE,
+        'theta = 10000 ** ',
+        'theta = 1000 ** '),
+    'RoPE: pairs of neighbouring channels': (
+        ROPE,
+        'a, b = x.to(wide).chunk(2, -1)',
+        'a, b = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)'),
+    'RoPE: positions start again after a state': (
+        ROPE,
+        "past = 0 if state is None else state['seen']",
+        'past = 0'),
+    'RoPE: queries turned, keys not': (
+        ROPE,
+        'k = rotate(k, past)',
+        'k = k'),
+    'RoPE: angles in half precision': (
+        ROPE,
+        'wide = torch.promote_types(x.dtype, torch.float32)',
+        'wide = x.dtype'),
+    'ALiBi: sign': (
+        ALIBI,
+        '(-slopes[:, None, None] * distance)',
+        '(slopes[:, None, None] * distance)'),
+    'ALiBi: slopes start at one': (
+        ALIBI,
+        'torch.arange(1, self.n_head + 1, ',
+        'torch.arange(self.n_head, '),
+    'ALiBi: exponent of the slopes': (
+        ALIBI,
+        '2 ** (-8 * torch',
+        '2 ** (-4 * torch'),
+    'ALiBi: distance one off': (
+        ALIBI,
+        '(j[S - T:, None] - j).abs()',
+        '(j[S - T:, None] - 1 - j).abs()'),
+    'ALiBi: distance after a state': (
+        ALIBI,
+        '(j[S - T:, None] - j).abs()',
+        '(j[:T, None] - j).abs()'),
+    'TISA: distance not squared': (
+        TISA,
+        '(offsets - self.c[..., None]) ** 2',
+        '(offsets - self.c[..., None]).abs()'),
+    'TISA: sign of the centre': (
+        TISA,
+        '(offsets - self.c[..., None])',
+        '(offsets + self.c[..., None])'),
+    'TISA: sharpness without its absolute value': (
+        TISA,
+        '-self.b.abs()[..., None]',
+        '-self.b[..., None]'),
+    'TISA: offsets i - j': (
+        TISA,
+        'f.unfold(1, S, 1).flip(1)',
+        'f.flip(1).unfold(1, S, 1).flip(1)'),
+    'CAPE: augmentation left on in evaluation': (
+        CAPE,
+        'if self.training and self.config.augment:',
+        'if self.config.augment:'),
+    'CAPE: augmentation cannot be switched off': (
+        CAPE,
+        'if self.training and self.config.augment:',
+        'if self.training:'),
+    'CAPE: a shift for each token instead of each text': (
+        CAPE,
+        'shift = torch.empty_like(p[:, :1])',
+        'shift = torch.empty_like(p)'),
+    'CAPE: factors instead of their logarithms': (
+        CAPE,
+        'log_scale.exp() * (',
+        '(1 + log_scale) * ('),
+    'CAPE: base of the frequencies': (
+        CAPE,
+        'w = 10000 ** ',
+        'w = 1000 ** '),
+    'CAPE: sines and cosines exchanged': (
+        CAPE,
+        '(angle.sin(), angle.cos())',
+        '(angle.cos(), angle.sin())'),
+    'CAPE: positions start again after a state': (
+        CAPE,
+        'p = torch.arange(past, past + T,',
+        'p = torch.arange(T,'),
 }
 
 
@@ -361,16 +450,18 @@ def plant(what):
     torch.set_num_threads(1)
     files, right, wrong = ERRORS[what]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out:
-        for path in [*REPO.glob('model_*.py'), REPO / 'test_equivalence.py']:
-            shutil.copy(path, folder)
+        (Path(folder) / 'baselines').mkdir()
+        for path in [*REPO.glob('model_*.py'), *REPO.glob('baselines/model_*.py'), REPO / 'test_equivalence.py']:
+            shutil.copy(path, Path(folder) / path.relative_to(REPO))
             sys.modules.pop(path.stem, None)  # what the parent had imported is the code without the error
         for name in files.split():
             text = (Path(folder) / name).read_text(encoding='utf-8')
             if text.count(right) != 1:
                 return 2, f'{right!r} stands {text.count(right)} times in {name}: the table of errors is out of date'
             (Path(folder) / name).write_text(text.replace(right, wrong), encoding='utf-8')
-        sys.path.insert(0, folder)
-        sys.argv = ['test_equivalence.py', '--first', *(name[6:-3] for name in files.split())]
+        sys.path[:0] = [folder, str(Path(folder) / 'baselines')]  # before those of the parent
+        names = [Path(name).stem.removeprefix('model_') for name in files.split()]
+        sys.argv = ['test_equivalence.py', '--first', *names]
         try:
             equivalence = importlib.import_module('test_equivalence')
             assert Path(equivalence.__file__).parent == Path(folder)
@@ -401,5 +492,6 @@ def test_planted_error_is_caught(what, caught):
 
 
 if __name__ == '__main__':
-    for what, (code, row) in plant_all([what for what in ERRORS if not sys.argv[1:] or sys.argv[1] in what]).items():
+    word = sys.argv[1].lower() if sys.argv[1:] else ''
+    for what, (code, row) in plant_all([what for what in ERRORS if word in what.lower()]).items():
         print(f'{what:50s} {"caught by: " + row[:80].strip() if row.endswith("FAIL") else "NOT CAUGHT " + row}')

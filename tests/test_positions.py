@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
-from conftest import MODELS, REPO, TINY, Run
+from conftest import BASELINES, MODELS, REPO, TINY, Run
 
 sys.path.insert(0, str(REPO / 'experiments'))
-from attention_variance import before_training  # noqa: E402
+import probe_position  # noqa: E402
+from attention_variance import before_training, random_model  # noqa: E402
 from lib import read_csv  # noqa: E402
 from probe_position import states  # noqa: E402
 
@@ -86,3 +87,12 @@ def test_taps(name):
     for layer in range(3):
         assert torch.allclose(x[3 * layer] + x[3 * layer + 1], x[3 * layer + 2], atol=1e-6)
     assert torch.allclose(model.ln_f(x[-1]), model.hidden(idx).flatten(0, 1), atol=1e-6)
+
+
+def test_baselines_can_be_probed(monkeypatch):
+    """probe_position.py --model rope: random models of the files in baselines/ too."""
+    for name in BASELINES:
+        monkeypatch.setattr(sys, 'argv', ['probe_position.py', '--model', name])
+        args = probe_position.arguments()
+        model = random_model(args.model, args.sigma, 1, 'cpu', n_embd=32, n_head=2, n_layer=1)
+        assert states(model, torch.randint(256, (2, 20))).shape == (1 + 3, 2 * 20, 32)

@@ -1,10 +1,11 @@
 """test_equivalence.py as a script: it finds a reader's model files, shows what fails and where, and goes on."""
 import re
 import shutil
+import sys
 
 import pytest
 
-from conftest import REPO, run_here
+from conftest import BASELINES, REPO, run_here
 
 EQUATION = '''
 from model_nope import Attention, Config, Model, math, torch
@@ -50,7 +51,7 @@ ALIBI = PLAIN[0] + '''        S = k.size(2)
 README = (REPO / 'README.md').read_text(encoding='utf-8')
 ALIBI += '\n\n' + re.search(r'```python\n(def equation.*?)```', README, re.S)[1]
 FILES = {
-    'model_alibi.py': ALIBI,
+    'model_readme.py': ALIBI,
     'model_flipped.py': ALIBI.replace('bias = -slopes', 'bias = slopes'),
     'model_right.py': EQUATION,
     'baselines/model_wrong.py': EQUATION.replace('/ math.sqrt', '* math.sqrt'),
@@ -100,8 +101,8 @@ def test_a_new_file_is_found_and_compared_with_its_equation(book):
 
 def test_the_equation_of_the_readme(book):
     """Its ALiBi is that of the code here. A flipped sign passes every general row; the equation sees it."""
-    code, lines, _ = book('alibi')
-    assert code == 0, lines
+    code, lines, _ = book('readme')
+    assert code == 0 and verdicts(lines)['Attention of model_readme.py = its equation(attention, x)'] == 'PASS', lines
     code, lines, _ = book('flipped')
     failed = [row for row, verdict in verdicts(lines).items() if verdict == 'FAIL']
     assert code == 1 and failed == ['Attention of model_flipped.py = its equation(attention, x)']
@@ -130,4 +131,20 @@ def test_rows_of_one_model(book):
 def test_an_unknown_model_is_refused(book):
     code, lines, stderr = book('conv', 'rope')
     assert code == 2 and not lines
-    assert stderr.count('\n') == 1 and "no model 'rope'; choose from absolute, alibi, composite, conv, crash" in stderr
+    assert stderr.count('\n') == 1 and "no model 'rope'; choose from absolute, composite, conv, crash" in stderr
+
+
+def test_missing_baselines_are_named(monkeypatch, capsys):
+    """Chapter 6 of the whole book without the folder baselines/: it says what it does not check, and exits with 0."""
+    import test_equivalence as proofs
+    tests = {name: value for name, value in vars(proofs).items() if name.startswith('test_')}
+    for name in [name for name, test in tests.items() if test.chapter != 6]:
+        monkeypatch.delattr(proofs, name)
+    monkeypatch.setattr(proofs, 'FILES', ['nope'])
+    monkeypatch.setattr(proofs, 'CHOSEN', ['nope'])
+    monkeypatch.setattr(sys, 'argv', ['test_equivalence.py'])
+    assert proofs.main() == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for name in BASELINES:
+        assert f'not checked: model_{name}.py is not here' in lines
+    assert '0 rows, 5 cases, 0 rows failed' in lines

@@ -20,10 +20,12 @@ needs_tokens = pytest.mark.skipif(not (CORPORA / 'tiktoken_cache').is_dir(),
 
 @pytest.fixture(scope='module')
 def runs(trained):
-    """A folder with a short run of each model and objective, and one with absolute positions."""
+    """A folder with a short run of each model and objective, two baselines, and one with absolute positions."""
     for name in MODELS:
         for objective in ('causal', 'masked'):
             trained(name, objective)
+    for name in ('rope', 'cape'):
+        trained(name, 'causal')
     return trained('nope', 'causal', '--absolute', '--out_dir', 'out/absolute')
 
 
@@ -44,7 +46,7 @@ def main(runs, monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', [*MODELS, 'rope', 'cape'])
 def test_causal_continues_the_prompt(main, name):
     words = ['--out_dir', f'out/{name}-causal-code', '--prompt', 'def grüße(', '--max_new_tokens', 100]
     text, err = main(*words)

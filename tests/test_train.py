@@ -16,7 +16,7 @@ import torch
 import prepare_data
 import common
 import train as script
-from conftest import MODELS, REPO
+from conftest import BASELINES, MODELS, REPO
 
 
 def log(folder, *columns):
@@ -171,7 +171,7 @@ def test_schedule():
 # -- learning ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('objective', ['causal', 'masked'])
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', MODELS + BASELINES)
 def test_loss_falls(train, name, objective):
     """60 steps: well under the log(257) = 5.5 of a blank model, and no warning on the way."""
     train.train('--model', name, '--objective', objective, '--max_iters', 60, '--warmup_iters', 10,

@@ -1,0 +1,209 @@
+"""
+Sinusoidal absolute positions, and their augmentation in training (CAPE).
+
+Vaswani et al., "Attention Is All You Need", NeurIPS 2017. https://arxiv.org/abs/1706.03762
+Likhomanenko, Xu, Synnaeve, Collobert, Rogozhnikov, "CAPE: Encoding Relative Positions with Continuous Augmented
+Positional Embeddings", NeurIPS 2021. https://arxiv.org/abs/2106.03143
+
+    x_i + E(p_i)          E(p) = [sin(p w_c), cos(p w_c)]          w_c = 10000^(-2c/C),  c = 0 ... C/2 - 1
+
+x_i is the embedding of token i, C = n_embd. In evaluation, and always with --no-augment (plain sinusoids), p_i = i. In
+training with augmentation, absolute positions are made unreliable, so that the model learns to use their differences:
+
+    p_i = lambda (i + shift + e_i)      shift ~ U(-5, 5),  e_i ~ U(-1/2, 1/2),  log lambda ~ U(-log 1.03, log 1.03)
+
+A text has one shift and one lambda; each token has its own e_i. Fields max_shift and max_scale set the 5 and the 1.03.
+
+A baseline: the text of model_nope.py and the few lines of the scheme. It departs from the papers in two points: all
+sines come before all cosines, instead of in turn, which is the same up to the order of the channels; E is multiplied
+by init_std, so that at the start it is not larger than the embedding.
+Plain form: loops in test_equivalence.py. Fast form: torch's scaled_dot_product_attention.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class Config:
+    vocab_size: int = 256  # rows of the embedding; train.py sets it from the data, padded up to a multiple of 64
+    block_size: int = 128  # training length in tokens
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # attention heads in a block
+    n_embd: int = 128  # channels of the residual stream, a multiple of n_head
+    dropout: float = 0.0  # on the embedding and on what each branch adds to the residual stream
+    bias: bool = False  # biases in Linear and LayerNorm
+    causal: bool = True  # False: every token sees every token (masked language model)
+    absolute: bool = False  # learned absolute positions added to the embedding: the baseline that every scheme replaces
+    init_std: float = 0.02  # standard deviation of the initial Linear and Embedding weights
+    scale_residual_init: bool = True  # scale the residual projections by 1/sqrt(2 n_layer), as GPT-2 does
+    # the position scheme
+    augment: bool = True  # in training, positions are shifted and scaled at random (CAPE)
+    max_shift: float = 5.0  # largest shift of a whole text, in tokens, to either side
+    max_scale: float = 1.03  # largest factor of the positions of a text; the smallest is 1/max_scale
+
+
+def visible(T, S, causal=True, valid=None, device=None):
+    """Which of S keys each of the last T tokens sees: bool (T, S), or (B, 1, T, S) with padding.
+
+    valid (B, S) bool: False is padding. Only padding itself sees it, so that no row of the softmax is empty.
+    """
+    i = torch.arange(S - T, S, device=device)[:, None]
+    j = torch.arange(S, device=device)
+    see = j <= i if causal else (j >= 0).expand(T, S)
+    return see if valid is None else see & (valid[:, None, None, :] | (i == j))
+
+
+RELATIVE = False  # positions are absolute: a text that is moved gets other logits
+
+
+def augment(p, max_shift, max_scale):
+    """Positions p (B, T) -> the same with a random shift and factor for each text and a random shift for each token."""
+    shift = torch.empty_like(p[:, :1]).uniform_(-max_shift, max_shift)  # (B, 1)
+    log_scale = torch.empty_like(shift).uniform_(-math.log(max_scale), math.log(max_scale))
+    return log_scale.exp() * (p + shift + torch.empty_like(p).uniform_(-0.5, 0.5))
+
+
+def sinusoids(p, C):
+    """Positions p (B, T) -> (B, T, C): C/2 sines, then C/2 cosines, from fast to slow."""
+    w = 10000 ** (-torch.arange(0, C, 2, device=p.device, dtype=p.dtype) / C)  # (C/2,)
+    angle = p[..., None] * w  # (B, T, C/2)
+    return torch.cat((angle.sin(), angle.cos()), -1)
+
+
+class Attention(nn.Module):
+    """Softmax attention and nothing else."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f'n_embd must be a multiple of n_head, not {config.n_embd} with {config.n_head} heads')
+        self.n_head = config.n_head
+        self.causal = config.causal
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, valid=None, state=None):
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, nh, T, hs)
+        if state is not None:  # decoding: the keys and values of the past come first
+            if 'k' in state:
+                k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)
+                v = torch.cat((state['v'], v), 2)
+                valid = torch.cat((state['valid'], valid), 1)  # (B, S)
+            state.update(k=k, v=v, valid=valid)
+        if valid is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, nh, T, hs)
+        else:
+            mask = visible(T, k.size(2), self.causal, valid, x.device)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, valid=None, state=None):
+        x = x + self.drop(self.attn(self.ln_1(x), valid, state))
+        x = x + self.drop(self.mlp(self.ln_2(x)))
+        return x
+
+
+class Model(nn.Module):
+    """A GPT-2 (causal) or a pre-norm BERT (not causal) around the Attention above."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % 2:
+            raise ValueError(f'n_embd must be even, half sines and half cosines, not {config.n_embd}')
+        if config.max_shift < 0 or config.max_scale < 1:
+            raise ValueError('max_shift must be 0 or more, max_scale 1 or more')
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.absolute else None
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.apply(self.init_weights)
+        if config.scale_residual_init:
+            for name, p in self.named_parameters():
+                if name.endswith('c_proj.weight'):
+                    nn.init.normal_(p, std=config.init_std / math.sqrt(2 * config.n_layer))
+
+    def init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def new_state(self):
+        """An empty memory for decoding: a dict per layer, which forward(..., state=...) fills."""
+        return [{'seen': 0} for _ in self.h]
+
+    def hidden(self, idx, valid=None, state=None):
+        """idx (B, T) int64 -> (B, T, C) after the last norm: what the head, probes and classifiers read.
+
+        valid (B, T) bool: False marks padding, which no other token sees. state: see new_state(); idx are then the
+        tokens that follow those already fed. ValueError where absolute positions end or a state meets causal=False.
+        """
+        B, T = idx.shape
+        past = 0 if state is None else state[0]['seen']  # tokens fed before these
+        x = self.wte(idx)  # (B, T, C)
+        if self.wpe is not None:
+            if past + T > self.config.block_size:
+                limit = f'block_size={self.config.block_size}'
+                raise ValueError(f'absolute positions end at {limit}, got {past + T} tokens')
+            x = x + self.wpe.weight[past:past + T]
+        wide = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 position 2001 would be 2000
+        p = torch.arange(past, past + T, device=idx.device, dtype=wide).expand(B, T)
+        if self.training and self.config.augment:
+            p = augment(p, self.config.max_shift, self.config.max_scale)
+        x = x + self.config.init_std * sinusoids(p, x.size(2)).to(x.dtype)
+        if state is not None:
+            if not self.config.causal:
+                raise ValueError('decoding from a state needs causal=True')
+            if valid is None:
+                valid = torch.ones_like(idx, dtype=torch.bool)
+        x = self.drop(x)
+        for i, block in enumerate(self.h):
+            x = block(x, valid, None if state is None else state[i])
+            if state is not None:
+                state[i]['seen'] += T
+        return self.ln_f(x)
+
+    def forward(self, idx, targets=None, where=None, valid=None, state=None):
+        """-> logits (B, T, vocab_size), and the mean cross entropy in nats or None.
+
+        targets (B, T) int64, -1 = not predicted. where (B, M) int64: predict at these places only (masked language
+        model); logits are then (B, M, vocab_size) and targets (B, M). idx, valid, state: see hidden().
+        """
+        x = self.hidden(idx, valid, state)
+        if where is not None:
+            x = x.gather(1, where[..., None].expand(-1, -1, x.size(2)))  # (B, M, C)
+        logits = F.linear(x, self.wte.weight)  # the head is the embedding
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss

@@ -136,7 +136,7 @@ def start_log(run, step):
     path, rows, again = run.out / 'log.csv', [], False
     if RANK == 0:
         if step and path.exists():
-            rows = path.read_bytes().splitlines(keepends=True)[1:]
+            rows = re.findall(rb'^\d+,.*\n', path.read_bytes(), re.M)  # whole rows: a full disk may cut the last one
             rows = [row for row in rows if int(row.split(b',')[0]) <= step]
         if rows and rows[-1].startswith(b'%d,,' % step):  # no train_loss: a validation
             rows.pop()
@@ -235,7 +235,7 @@ def choose_device(settings):
         assert device.type in ('cuda', 'mps', 'cpu'), 'only cuda, mps and cpu are'
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:  # perhaps on this process alone, so it prints whichever it is
-        print(f'train.py: --device {settings.device} is not supported here; auto would take {best}. '
+        print(f'{Path(sys.argv[0]).name}: --device {settings.device} is not supported here; auto would take {best}. '
               f'{str(e).splitlines()[0]}', file=sys.stderr)
         sys.exit(2)
     cuda = device.type == 'cuda'

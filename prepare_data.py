@@ -42,11 +42,14 @@ CORPORA = {
 NAMES = 'python, ' + ', '.join(CORPORA)
 # what is read from a folder; text files also with .gz or .xz after their suffix
 TEXT = 'txt text md rst tex raw tokens py c h cpp hpp cu rs go java js ts sh jl r lua'
-KNOWN_TYPE = re.compile(rf'\.(({TEXT.replace(" ", "|")})(\.gz|\.xz)?|jsonl|parquet)$', re.IGNORECASE)
+SUFFIXES = rf'\.({TEXT.replace(" ", "|")})(\.gz|\.xz)?|\.jsonl|\.parquet|^[^.]+\.(gz|xz)'  # enwik8.xz is text, too
+KNOWN_TYPE = re.compile(f'({SUFFIXES})$', re.IGNORECASE)
 
 
 def die(message):
-    print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr, flush=True)
+    """One line on stderr and exit 2. Of the processes that torchrun started on a machine, the first one prints it."""
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr, flush=True)
     sys.exit(2)
 
 

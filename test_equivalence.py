@@ -145,6 +145,7 @@ VARIANTS = {  # of our own files, at small sizes; any other file runs with its d
     'composite': ('composite', dict(kernel_size=5, dynamic_key=True)),
     'composite, far + near': ('composite', dict(kernel_size=5, attention='fast')),
     'conv': ('conv', dict(kernel_size=5, queries_keys=True, values=True, output=True, bias=True)),
+    'conv, far + near': ('conv', dict(kernel_size=5, attention='fast')),
     'conv, outside the scores': ('conv', dict(kernel_size=5, lightweight=False, dynamic=False, values=True)),
     'conv, dynamic mixer': ('conv', dict(kernel_size=5, mixer='dynamic', queries_keys=True, output=True)),
     'conv, lightweight mixer': ('conv', dict(kernel_size=5, mixer='lightweight', output=False)),
@@ -206,6 +207,21 @@ def check_layer(row, case, module, equation, tolerance=1e-11, tokens=T, **fields
         ours = with_gradients(attention, [x], attention.parameters())
         reference = with_gradients(partial(equation, attention), [x], attention.parameters())
         check(row, f'{side}, {case}', ours, reference, tolerance, least=1e-3)
+
+
+def auto_takes(module, form, tokens, **fields):
+    """Whether attention='auto' calls the function named form for a text of so many tokens."""
+    model, _ = make(module, **fields)
+    called = []
+    original = getattr(module, form)
+
+    def watched(*inputs):
+        called.append(form)
+        return original(*inputs)
+    setattr(module, form, watched)
+    model.hidden(torch.zeros(1, tokens, dtype=torch.int64))
+    setattr(module, form, original)
+    return len(called) == len(model.h)
 
 
 def check_forms(module, forms, tokens, tolerance, **fields):
@@ -395,6 +411,9 @@ def test_fast_and_dense_models_agree():
     """Whole models give the same logits and gradients in either form; 'auto' takes far + near at 260 tokens."""
     for module in chosen(composite, conv):
         check_forms(module, ('fast', 'auto'), 260, 1e-9, kernel_size=WIDTH, block_size=260)
+        for form, tokens in (('attend_fast', 260), ('attend_dense', 100)):
+            case = f'{module.__name__}, {tokens} tokens: {form}'
+            check_true("'auto' takes the quicker form", case, auto_takes(module, form, tokens, kernel_size=WIDTH))
 
 
 # --------------------------------------- chapter 3: convolutions before, inside and after attention, or replacing it
@@ -677,6 +696,9 @@ def test_kernelized_extremes():
 def test_forms_of_the_kernelized_model_agree():
     """Whole models agree in every form; 'auto' takes the chunked one at 300 tokens; running sums stay float32."""
     check_forms(kernelized, ('fft', 'chunked', 'auto'), 300, 1e-8, max_distance=5)
+    for form, tokens in (('attend_chunked', 300), ('attend_dense', 100)):
+        case = f'kernelized, {tokens} tokens: {form}'
+        check_true("'auto' takes the quicker form", case, auto_takes(kernelized, form, tokens, max_distance=5))
     for case, dtype in (('autocast', torch.float32), ('a bfloat16 model', torch.bfloat16)):
         model = make(kernelized, max_distance=4, n_layer=1, n_features=8)[0].to(dtype)
         idx = torch.randint(50, (1, 700), generator=torch.Generator().manual_seed(0))
@@ -943,6 +965,7 @@ def test_decoding_is_the_parallel_form():
             state = model.new_state()
             parts = torch.cat([model(part, state=state)[0] for part in idx.split(pieces, 1)], 1)
             check(f'{row} = all at once', name, parts, model(idx)[0])
+            check_true("every layer's state counts the tokens", name, all(layer['seen'] == 21 for layer in state))
         state = model.new_state()
         parts = [model(idx[:, :9], valid=valid[:, :9], state=state)[0]]
         parts += [model(token, state=state)[0] for token in idx[:, 9:].split(1, 1)]

@@ -331,13 +331,11 @@ def resolve(argv):
     parser.add_argument('--out_dir', help='default out/<model>-<objective>-<dataset>, numbered -2, -3, ... when taken')
     parser.add_argument('--resume', action='store_true', help='go on with --out_dir, or the newest run of its kind')
     parser.add_argument('--overwrite', action='store_true', help='delete the run that --out_dir holds')
-    parser.add_argument('--eval_only', action='store_true', help='print the loss of the run in --out_dir, and stop')
+    parser.add_argument('--eval_only', action='store_true', help='print the best loss of --out_dir, or of the newest')
     parser.add_fields(Settings, 'training')
     asked = parser.parse_known_args(argv)[0]
     if asked.overwrite and (asked.resume or asked.eval_only or not asked.out_dir):
         die('--overwrite needs --out_dir, and excludes --resume and --eval_only')
-    if asked.eval_only and not asked.out_dir and not asked.resume:
-        die('--eval_only needs --out_dir, or --resume for the newest run')
     preset = common.as_flags(PRESETS[asked.preset])
     file = common.read_config(asked.config) if asked.config else {}
     first = parser.parse_known_args([*preset, *common.as_flags(file), *argv])[0]
@@ -404,7 +402,7 @@ def fit_to_data(run):
     if config.vocab_size < need:
         die(f'--vocab_size must be at least {need} for {dataset}, not {config.vocab_size}; or choose another --dataset')
     if shorter <= config.block_size:
-        die(f'--block_size must be under {shorter}, the tokens of its smaller part, not {config.block_size}')
+        die(f'--block_size must be under {shorter}, the tokens in train or val, not {config.block_size}')
 
 
 def build(run, module, compiled):
@@ -438,12 +436,13 @@ def restore(run, checkpoint, model, optimizer):
             say(f'changed on resume: {name} {old} -> {getattr(run.settings, name, None)}')
     if checkpoint['meta']['sha256'] != run.meta['sha256']:
         say(f'changed on resume: the tokens of {run.settings.dataset}')
+    for old, new in zip(checkpoint['optimizer']['param_groups'], optimizer.state_dict()['param_groups']):
+        old.update(new, params=old['params'])  # this run's betas, weight decay and device, not the checkpoint's
     try:
         model.load_state_dict(checkpoint['model'])
-    except RuntimeError as e:
+        optimizer.load_state_dict(checkpoint['optimizer'])
+    except (RuntimeError, ValueError) as e:
         die(f'the checkpoint in {run.out} does not fit model_{run.settings.model}.py as it is now: {one_line(e)}')
-    groups = optimizer.state_dict()['param_groups']  # this run's betas, weight decay and device, not the checkpoint's
-    optimizer.load_state_dict({**checkpoint['optimizer'], 'param_groups': groups})
     return Progress(checkpoint['step'], checkpoint['best'], checkpoint['window'])
 
 
@@ -509,7 +508,7 @@ if __name__ == '__main__':
     try:
         main()
     except torch.OutOfMemoryError as e:
-        die(f'out of GPU memory: try a smaller --micro_batch_size (the loss curve stays the same). {one_line(e)}', 1)
+        die(f'out of GPU memory: try --micro_batch_size 1, 2, 4, ... Without dropout the curve stays. {one_line(e)}', 1)
     except OSError as e:
         die(e, 1)  # a full disk, a folder that may not be written
     except RuntimeError as e:

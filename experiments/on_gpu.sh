@@ -54,7 +54,7 @@ case $part in
 check | speed | steps | variance | probes | evidence) ;;
 *) echo "on_gpu.sh: one of check, speed, steps, variance, probes, evidence, not '$part'" >&2; exit 2 ;;
 esac
-if [ -z "${QUICK:-}" ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if [ -z "${QUICK:-}" ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' >/dev/null; then
     echo 'on_gpu.sh: there is no CUDA GPU here; QUICK=--quick tries a part on a CPU' >&2
     exit 2
 fi

@@ -212,6 +212,14 @@ def test_bytes_of_a_validation_tail(here):
     assert decoded['train'] + decoded['val'] == (CORPORA / 'shakespeare.txt').read_bytes()
 
 
+def test_a_folder_of_packed_texts(here):
+    """enwik8.xz is text, although no other suffix says so."""
+    Path('packed').mkdir()
+    Path('packed/enwik.xz').write_bytes(lzma.compress(RAW))
+    prepare('packed', path='packed')
+    assert joined('packed') == RAW
+
+
 @needs_corpora
 def test_documents_end_with_end_of_text(here):
     import tiktoken
@@ -252,7 +260,7 @@ def test_memory_stays_small(run):
         (run.folder / 'measure.py').write_text(
             f'import sys; sys.path.insert(0, {str(REPO)!r}); import prepare_data\n'
             f'prepare_data.prepare("{name}", path="{name}.txt"); print(open("/proc/self/status").read())')
-        peak[name] = int(re.search(r'VmHWM:\s+(\d+)', run(run.folder / 'measure.py').out)[1]) / 1e3
+        peak[name] = int(re.search(r'VmHWM:\s+(\d+)', run.process(run.folder / 'measure.py').out)[1]) / 1e3
     assert prepared('big', run.folder)[0]['val_tokens'] == 5_000_000  # a tenth would be more
     assert peak['big'] < peak['small'] + 65, peak
 

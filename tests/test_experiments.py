@@ -1,5 +1,6 @@
 """The experiments run, at a setting far too small to mean anything, and refuse bad input before any work."""
 import importlib
+import json
 import math
 import os
 import shutil
@@ -205,6 +206,66 @@ def test_p_value():
     assert compare.p_value(d) == compare.p_value([-x for x in d])
     x = np.arange(9.) - 4
     assert compare.p_value(list(x + 2.306 * x.std(ddof=1) / 3)) == pytest.approx(0.05, abs=1e-4)
+
+
+CURVES = {  # of two seeds each; every loss that is not the last one would change the numbers below
+    ('causal', 'nope'): [[(0, 5.0), (2, 4.0), (4, 3.0)], [(0, 5.5), (2, 4.4), (4, 3.2)]],
+    ('causal', 'mine'): [[(0, 5.1), (2, 3.5), (4, 2.9)], [(0, 5.3), (2, 3.1), (4, 2.6)]],
+    ('masked', 'nope'): [[(0, 6.0), (2, 5.0), (4, 4.0)], [(0, 6.5), (2, 5.5), (4, 4.1)]],
+    ('masked', 'mine'): [[(0, 6.1), (2, 5.1), (4, 4.3)], [(0, 6.3), (2, 5.2), (4, 4.2)]],
+}
+
+
+def test_printed_losses(capsys):
+    """The mean of the last losses and their standard deviation, dividing by n - 1."""
+    compare.print_losses(CURVES)
+    assert capsys.readouterr().out.splitlines()[3:] == [
+        '| causal | nope | 3.1000 | 0.1414 |', '| causal | mine | 2.7500 | 0.2121 |',
+        '| masked | nope | 4.0500 | 0.0707 |', '| masked | mine | 4.2500 | 0.0707 |']
+    compare.print_losses({('causal', 'nope'): CURVES['causal', 'nope'][:1]})
+    assert capsys.readouterr().out.splitlines()[3:] == ['| causal | nope | 3.0000 | - |'], 'one seed has no deviation'
+
+
+def test_printed_differences(capsys):
+    """Positive: worse than the other. Each seed with the same seed, each objective with the same objective."""
+    compare.print_differences(CURVES, 'nope')
+    lines = capsys.readouterr().out.splitlines()
+    p = [1 - 2 / math.pi * math.atan(t) for t in (0.35 / 0.25, 0.2 / 0.1)]  # t = mean / standard error, two seeds
+    assert lines[1] == '| objective | scheme | more than nope | by seed | p |'
+    assert lines[3:] == [f'| causal | mine | -0.3500 | -0.1000, -0.6000 | {p[0]:.3f} |',
+                         f'| masked | mine | +0.2000 | +0.3000, +0.1000 | {p[1]:.3f} |']
+
+
+def test_drawn_curves():
+    """Above the mean over the seeds from the first validation after step 0; below a dot for each seed's last loss."""
+    figure = compare.draw(CURVES, 'title')
+    colors = compare.colors(['nope', 'mine'])
+    for column, objective in enumerate(('causal', 'masked')):
+        above, below = figure.axes[column], figure.axes[2 + column]
+        assert above.get_title() == f'{objective} language model'
+        lines = zip(above.lines, below.lines, strict=True)
+        for row, (scheme, (curve, dots)) in enumerate(zip(colors, lines, strict=True)):
+            first, second = CURVES[objective, scheme]
+            assert curve.get_label() == scheme and curve.get_color() == dots.get_color() == colors[scheme]
+            assert list(curve.get_xdata()) == [2, 4]
+            assert list(curve.get_ydata()) == pytest.approx([(first[i][1] + second[i][1]) / 2 for i in (1, 2)])
+            assert list(dots.get_xdata()) == [first[-1][1], second[-1][1]] and list(dots.get_ydata()) == [row, row]
+
+
+def test_each_seed_is_a_run_of_its_own(compared):
+    """The runs differ in --seed, so their losses do, and what is printed are the losses of the runs' logs."""
+    for scheme in ('nope', 'mine'):
+        folders = [compared.folder / f'out/compare/tiny-causal-{scheme}-{seed}' for seed in (1, 2)]
+        settings = [json.loads((folder / 'config.json').read_text()) for folder in folders]
+        assert [s.pop('seed') for s in settings] == [1, 2] and settings[0] == settings[1]
+        curves = [compare.losses(folder) for folder in folders]
+        assert all(a[1] != b[1] for a, b in zip(*curves, strict=True))
+        rows = written(compared.folder / 'results', 'compare-tiny-causal')
+        for seed, curve in enumerate(curves, 1):
+            found = [(int(r['step']), float(r['val_loss'])) for r in rows
+                     if (r['scheme'], r['seed']) == (scheme, str(seed))]
+            assert found == curve
+            assert f'causal {scheme} seed {seed}: {curve[-1][1]:.4f}' in compared.out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

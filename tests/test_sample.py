@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,6 +115,27 @@ def test_masked_fills_the_gaps(main, name):
     logits = model(torch.tensor([ids]))[0][0]
     assert second[0][0] == logits[3, :256].argmax()
     assert abs(first[0][1] - logits[1, :256].softmax(-1).max().item()) < 1e-6
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'gpt2'])
+def test_each_gap_shows_its_own_answers(kind, monkeypatch, capsys):
+    """In the order of the gaps, in the text and in the list below it, whatever the tokenizer."""
+    guesses = [[(ord('a'), 0.5), (ord('b'), 0.25)], [(ord('c'), 0.75), (ord('d'), 0.125)], [(ord('e'), 1.0)]]
+    found = []
+
+    def fill(model, ids, mask_id, vocab_size):
+        found.append(ids)
+        return guesses
+    monkeypatch.setattr(sample, 'fill', fill)
+    letters = sample.tokenizer('bytes')
+    monkeypatch.setattr(sample, 'tokenizer', lambda name: letters)
+    model = SimpleNamespace(config=SimpleNamespace(absolute=False, block_size=32))
+    sample.print_filled(model, dict(tokenizer=kind, mask_id=256, vocab_size=256), 'x [MASK]y[MASK][MASK] z')
+    space = [ord(' ')] if kind == 'bytes' else []  # a GPT-2 token begins with the space before it
+    assert found == [[ord('x'), *space, 256, ord('y'), 256, 256, ord(' '), ord('z')]]
+    assert capsys.readouterr().out.splitlines() == [
+        'x [a]y[c][e] z' if kind == 'bytes' else 'x[a]y[c][e] z',
+        "[MASK] 1: 'a' 50.0%  'b' 25.0%", "[MASK] 2: 'c' 75.0%  'd' 12.5%", "[MASK] 3: 'e' 100.0%"]
 
 
 def test_newest_run_is_the_default(runs):

@@ -313,6 +313,97 @@ def test_nan_keeps_the_last_good_checkpoint(train):
     assert str(kept['step'] + 1) in train.err.split(':')[1]
 
 
+@pytest.fixture
+def failing_validation(monkeypatch):
+    """failing_validation(n): the n-th validation from now on fails, as a full memory would make it fail."""
+    def plant(n):
+        calls = iter([*[None] * (n - 1), OSError('no validation')])
+
+        def fail_at_the_last(model):
+            error = next(calls)
+            if error:
+                raise error
+            return model.train(False)
+        monkeypatch.setattr(torch.nn.Module, 'eval', fail_at_the_last)
+    return plant
+
+
+def test_checkpoint_is_written_before_validation(train, failing_validation):
+    """A validation that fails loses no step."""
+    for n, step in ((1, 0), (2, 4)):
+        failing_validation(n)
+        out = f'failed{n}'
+        train.train('--model', 'nope', '--max_iters', 8, '--eval_interval', 4, '--out_dir', out, code=1)
+        one_line(train.err, 'no validation')
+        assert checkpoint(train.folder / out)['step'] == step
+
+
+def test_overwrite_deletes_the_run_that_was_there(train, failing_validation):
+    """Before the new run has a best checkpoint or a picture, the old ones are gone. Other files stay."""
+    words = ['--model', 'nope', '--max_iters', 2, '--out_dir', 'x']
+    train.train(*words)
+    (train.folder / 'x/notes.txt').touch()
+    assert {path.name for path in (train.folder / 'x').iterdir()} == {*common.FILES, 'notes.txt'}
+    failing_validation(1)
+    train.train(*words, '--overwrite', code=1)
+    names = {path.name for path in (train.folder / 'x').iterdir()}
+    assert names == {'config.json', 'log.csv', 'ckpt_last.pt', 'notes.txt'}
+    assert checkpoint(train.folder / 'x')['step'] == 0 and not log(train.folder / 'x', 'step')
+
+
+def test_full_disk_leaves_the_old_checkpoint(train, monkeypatch):
+    """Whichever write fails after resuming: log.csv, config.json or the checkpoint."""
+    train.train('--model', 'nope', '--max_iters', 2, '--out_dir', 'x')
+    old = checkpoint(train.folder / 'x')
+    for n in range(3):
+        room = iter(range(n))  # so many writes still succeed
+
+        def fsync(_):
+            if next(room, None) is None:
+                raise OSError(28, 'No space left on device')
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'fsync', fsync)
+            train('train.py', '--resume', '--out_dir', 'x', '--max_iters', 4, code=1)
+        one_line(train.err, 'train.py: ', 'No space left on device')
+        found = checkpoint(train.folder / 'x')
+        assert found['step'] == 2 and equal(found, old)
+        assert {path.name for path in (train.folder / 'x').iterdir()} == set(common.FILES)
+
+    def save(*_):
+        raise RuntimeError('unexpected pos 64 vs 0')  # what torch.save says of a full disk
+    monkeypatch.setattr(torch, 'save', save)
+    train('train.py', '--resume', '--out_dir', 'x', '--max_iters', 4, code=1)
+    one_line(train.err, 'ckpt_last.pt could not be written')
+
+
+def test_second_signal_exits_at_once(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, '_exit', codes.append)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        for number in numbers:
+            signals = common.catch_signals()
+            signal.raise_signal(number)
+            assert signals == [number] and 128 + number not in codes, 'the first one is left to the loop'
+            signal.raise_signal(number)
+            assert codes[-1] == 128 + number
+    finally:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+
+
+def test_resumed_run_has_the_present_weight_decay_and_betas(train):
+    """The optimizer's running means and its step count go on."""
+    train.train('--model', 'nope', '--max_iters', 2, '--out_dir', 'x')
+    new = ['--max_iters', 3, '--weight_decay', 0.3, '--beta1', 0.8, '--beta2', 0.9]
+    train('train.py', '--resume', '--out_dir', 'x', *new)
+    optimizer = checkpoint(train.folder / 'x')['optimizer']
+    assert [group['weight_decay'] for group in optimizer['param_groups']] == [0.3, 0.0]
+    assert [group['betas'] for group in optimizer['param_groups']] == [(0.8, 0.9)] * 2
+    assert {state['step'].item() for state in optimizer['state'].values()} == {3}
+
+
 def test_runs_never_overwrite_each_other(train):
     short = ['--model', 'nope', '--max_iters', 1]
     for _ in range(3):
@@ -459,13 +550,14 @@ def test_a_diverged_run_is_called_so(train):
 def test_evaluate_only(train):
     """The loss of the best checkpoint, else of the last, on its own or another data set; nothing is written."""
     for objective in ('causal', 'masked'):
-        words = f'--model composite --objective {objective} --max_iters 12 --warmup_iters 2 --eval_interval 4'.split()
-        train.train(*words, '--kernel_size', 5, '--causal')
+        words = f'--model composite --objective {objective} --max_iters 12 --warmup_iters 12 --eval_interval 4'.split()
+        train.train(*words, '--learning_rate', 0.5, '--kernel_size', 5, '--causal')  # soon too high: the loss rises
         assert ('left of each mask' in train.out) == (objective == 'masked')
         out = train.folder / f'out/composite-{objective}-code'
         files = {path: path.read_bytes() for path in out.iterdir()}
         rows = [row for row in log(out, 'step', 'val_loss', 'bits_per_byte') if row[1]]
         step, loss, bits = min(rows[1:], key=lambda row: float(row[1]))
+        assert int(step) < 12, 'the best checkpoint is not the last one'
         by_name = train.train('--model', 'composite', '--objective', objective, '--eval_only', '--resume').out
         by_folder = train('train.py', '--eval_only', '--out_dir', out.relative_to(train.folder)).out
         line = by_folder.splitlines()[-1]

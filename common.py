@@ -84,7 +84,7 @@ def load_checkpoint(path):
         assert {'model', 'optimizer', 'config', 'settings', 'step'} <= set(checkpoint)
         return checkpoint
     except (RuntimeError, EOFError, OSError, TypeError, AssertionError, pickle.UnpicklingError) as e:
-        die(f'{path} is damaged, or no checkpoint of train.py: {type(e).__name__} {" ".join(str(e).split())[:100]}')
+        die(f'{path} is damaged, or no checkpoint of train.py: {type(e).__name__} {one_line(e)}')
 
 
 def newest_run(name):

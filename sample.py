@@ -9,13 +9,12 @@ A causal model is fed one token at a time; what it needs of the past is in its s
 """
 import argparse
 import codecs
-import pickle
 import sys
 from pathlib import Path
 
 import torch
 
-from common import die, load_model_file
+from common import die, load_checkpoint, load_model_file, one_line
 from prepare_data import load_tiktoken
 
 
@@ -35,23 +34,17 @@ def load_run(out_dir=None, which=None, device='cpu'):
     path = Path(out_dir, f'ckpt_{which}.pt')
     if not path.is_file():
         die(f'{path} does not exist; --out_dir is a folder that train.py wrote')
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        name = checkpoint['settings']['model']
-        config = checkpoint['config']
-    except (RuntimeError, EOFError, OSError, TypeError, KeyError, IndexError, pickle.UnpicklingError) as e:
-        reason = ' '.join(str(e).split())[:100]
-        die(f'{path} is damaged, or no checkpoint of train.py: {type(e).__name__} {reason}')
+    checkpoint = load_checkpoint(path)
+    name = checkpoint['settings']['model']
     repository = Path(__file__).resolve().parent
     if not any((folder / f'model_{name}.py').is_file() for folder in (repository, repository / 'baselines')):
         die(f'{path} needs model_{name}.py, which is neither beside train.py nor in baselines/')
     try:
         module = load_model_file(name)
-        model = module.Model(module.Config(**config)).to(device).eval()
+        model = module.Model(module.Config(**checkpoint['config'])).to(device).eval()
         model.load_state_dict(checkpoint['model'])
     except (ImportError, TypeError, RuntimeError, ValueError, AttributeError, SyntaxError) as e:  # changed since
-        reason = ' '.join(str(e).split())[:200]
-        die(f'{path} does not fit model_{name}.py as it is now: {reason}')
+        die(f'{path} does not fit model_{name}.py as it is now: {one_line(e)}')
     print(f'{path}: step {checkpoint["step"]}, best validation loss so far {checkpoint["best"]:.4f}', file=sys.stderr)
     return model, checkpoint
 

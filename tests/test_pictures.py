@@ -47,7 +47,7 @@ def write_run(folder, name, model):
     """What look_inside.py reads of a run of train.py."""
     folder.mkdir()
     checkpoint = dict(step=2, best=5.0, model=model.state_dict(), config=dataclasses.asdict(model.config),
-                      settings=dict(model=name), meta=dict(tokenizer='bytes'))
+                      settings=dict(model=name), meta=dict(tokenizer='bytes'), optimizer={})
     torch.save(checkpoint, folder / 'ckpt_best.pt')
     return folder
 

@@ -139,8 +139,7 @@ class Attention(nn.Module):
             if 'k' in state:
                 k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)
                 v = torch.cat((state['v'], v), 2)
-                valid = torch.cat((state['valid'], valid), 1)  # (B, S)
-            state.update(k=k, v=v, valid=valid)
+            state.update(k=k, v=v)
 
         scale = 1 / math.sqrt(q.size(-1))
         kernel_scores = torch.zeros(1, self.n_head, T, self.kernel_size, device=x.device)
@@ -153,7 +152,7 @@ class Attention(nn.Module):
             q = torch.zeros_like(q)
 
         fast = self.attention == 'fast' or (self.attention == 'auto' and fast_is_quicker(q, self.kernel_size))
-        dense_only = valid is not None or key_kernel_scores is not None  # padding, decoding, key-made kernels
+        dense_only = valid is not None or T < k.size(2) or key_kernel_scores is not None  # padding, a past, key-made
         if fast and not dense_only:
             y = attend_fast(q, k, v, kernel_scores, self.causal)
         else:
@@ -226,14 +225,15 @@ class Model(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             if past + T > self.config.block_size:
-                limit = f'block_size={self.config.block_size}'
-                raise ValueError(f'absolute positions end at {limit}, got {past + T} tokens')
+                raise ValueError(f'absolute positions end at block_size={self.config.block_size}, not at {past + T}')
             x = x + self.wpe.weight[past:past + T]
         if state is not None:
             if not self.config.causal:
                 raise ValueError('decoding from a state needs causal=True')
-            if valid is None:
-                valid = torch.ones_like(idx, dtype=torch.bool)
+            if valid is not None or 'valid_so_far' in state[0]:  # padding, now or before
+                now = torch.ones_like(idx, dtype=torch.bool) if valid is None else valid
+                before = state[0].get('valid_so_far', now.new_ones(B, past))
+                valid = state[0]['valid_so_far'] = torch.cat((before, now), 1)  # (B, past + T)
         x = self.drop(x)
         for i, block in enumerate(self.h):
             x = block(x, valid, None if state is None else state[i])
@@ -254,6 +254,7 @@ class Model(nn.Module):
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            logits = logits.detach()  # only the loss has a gradient: a compiled backward pass is smaller then
         return logits, loss
 
 

@@ -19,9 +19,8 @@ Where they enter, each with a switch of its own:
 In the scores offsets beyond +-k share the end entry, as in model_composite.py. Elsewhere the kernel of a causal model
 has all its kernel_size entries in the past. Departures from the paper: pre-norm blocks, no dropout on the attention
 weights, no bias in the depthwise convolutions; the mixer 'dynamic' has a query-made kernel whose W the heads share.
-The default, scores and output, had the lowest loss of eight combinations (experiments/README.md).
-Plain forms: loops and banded Toeplitz matrices in test_equivalence.py. Fast forms: conv1d for the depthwise convolution
-(on a CPU 4.6 times faster than shifts), and attend_fast (last part of this file) for the scores.
+The default, scores and output, had the lowest loss of eight combinations. Plain forms: loops and banded Toeplitz
+matrices in test_equivalence.py. Fast forms: conv1d, and attend_fast (last part of this file) for the scores.
 """
 import math
 from dataclasses import dataclass
@@ -204,19 +203,19 @@ class Attention(nn.Module):
             if 'k' in state:
                 k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)
                 v = torch.cat((state['v'], v), 2)
-                valid = torch.cat((state['valid'], valid), 1)  # (B, S)
-            state.update(k=k, v=v, valid=valid)
-        T = q.size(2)
+            state.update(k=k, v=v)
+        T, S = q.size(2), k.size(2)
         if self.lightweight is None and self.dynamic is None:  # no kernel in the scores
-            mask = None if valid is None else visible(T, k.size(2), self.causal, valid, q.device)
-            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and mask is None)
+            masked = valid is not None or 1 < T < S  # padding, or several tokens that follow a past
+            mask = visible(T, S, self.causal, valid, q.device) if masked else None
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and T == S and not masked)
         kernel_scores = torch.zeros(1, self.n_head, T, self.kernel_size, device=q.device)
         if self.lightweight is not None:
             kernel_scores = kernel_scores + self.lightweight[:, None]  # (1, nh, T, 2k+1)
         if self.dynamic is not None:
             kernel_scores = kernel_scores + q @ self.dynamic.T / math.sqrt(q.size(-1))  # (B, nh, T, 2k+1)
         fast = self.attention == 'fast' or (self.attention == 'auto' and fast_is_quicker(q, self.kernel_size))
-        if fast and valid is None:  # padding and decoding are dense
+        if fast and valid is None and T == S:  # padding and a past are dense
             return attend_fast(q, k, v, kernel_scores, self.causal)
         return attend_dense(q, k, v, kernel_scores, self.causal, valid)
 
@@ -286,14 +285,15 @@ class Model(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             if past + T > self.config.block_size:
-                limit = f'block_size={self.config.block_size}'
-                raise ValueError(f'absolute positions end at {limit}, got {past + T} tokens')
+                raise ValueError(f'absolute positions end at block_size={self.config.block_size}, not at {past + T}')
             x = x + self.wpe.weight[past:past + T]
         if state is not None:
             if not self.config.causal:
                 raise ValueError('decoding from a state needs causal=True')
-            if valid is None:
-                valid = torch.ones_like(idx, dtype=torch.bool)
+            if valid is not None or 'valid_so_far' in state[0]:  # padding, now or before
+                now = torch.ones_like(idx, dtype=torch.bool) if valid is None else valid
+                before = state[0].get('valid_so_far', now.new_ones(B, past))
+                valid = state[0]['valid_so_far'] = torch.cat((before, now), 1)  # (B, past + T)
         x = self.drop(x)
         for i, block in enumerate(self.h):
             x = block(x, valid, None if state is None else state[i])
@@ -314,6 +314,7 @@ class Model(nn.Module):
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            logits = logits.detach()  # only the loss has a gradient: a compiled backward pass is smaller then
         return logits, loss
 
 
@@ -486,7 +487,7 @@ def with_past(state, name, x, valid, keep):
     For decoding: the state keeps the newest `keep` rows, as many as a convolution looks back.
     """
     if valid is not None:
-        x = x * valid[..., None]
+        x = x * valid[:, -x.size(1):, None]
     if state is None:
         return x, 0
     past = state[name].size(1) if name in state else 0

@@ -223,7 +223,7 @@ class Attention(nn.Module):
         b = self.w.new_zeros(self.n_head, 1) if self.b is None else self.b
         long = T >= 256 and T > b.size(-1)  # chunks are quicker then
         if state is not None:
-            y = attend_recurrent(q, k, v, b, valid, state)
+            y = attend_recurrent(q, k, v, b, None if valid is None else valid[:, -T:], state)
         elif self.attention == 'fft':
             y = attend_fft(q, k, v, b, self.causal, valid)
         elif self.attention == 'chunked' or (self.attention == 'auto' and long):
@@ -298,14 +298,15 @@ class Model(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             if past + T > self.config.block_size:
-                limit = f'block_size={self.config.block_size}'
-                raise ValueError(f'absolute positions end at {limit}, got {past + T} tokens')
+                raise ValueError(f'absolute positions end at block_size={self.config.block_size}, not at {past + T}')
             x = x + self.wpe.weight[past:past + T]
         if state is not None:
             if not self.config.causal:
                 raise ValueError('decoding from a state needs causal=True')
-            if valid is None:
-                valid = torch.ones_like(idx, dtype=torch.bool)
+            if valid is not None or 'valid_so_far' in state[0]:  # padding, now or before
+                now = torch.ones_like(idx, dtype=torch.bool) if valid is None else valid
+                before = state[0].get('valid_so_far', now.new_ones(B, past))
+                valid = state[0]['valid_so_far'] = torch.cat((before, now), 1)  # (B, past + T)
         x = self.drop(x)
         for i, block in enumerate(self.h):
             x = block(x, valid, None if state is None else state[i])
@@ -326,6 +327,7 @@ class Model(nn.Module):
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            logits = logits.detach()  # only the loss has a gradient: a compiled backward pass is smaller then
         return logits, loss
 
 
@@ -471,6 +473,7 @@ def attend_recurrent(q, k, v, b, valid, state):
     tokens makes a (T, R+T) matrix.
     """
     T = q.size(2)
+    valid = q.new_ones(q.size(0), T, dtype=torch.bool) if valid is None else valid
     if 'k' in state:
         k = torch.cat((state['k'], k), 2)  # (B, nh, S, m)
         v = torch.cat((state['v'], v), 2)

@@ -768,7 +768,7 @@ def check_baseline(name, module, equation, **fields):
     state = {'seen': 0}
     parts = []
     for part in x.split((4, 1, 1, T - 6), 1):
-        parts.append(attention(part, torch.ones(part.shape[:2]).bool(), state))
+        parts.append(attention(part, None, state))
         state['seen'] += part.size(1)
     check(f'{name} layer in pieces from a state = its equation', 'causal', torch.cat(parts, 1), equation(attention, x))
 
@@ -971,6 +971,13 @@ def test_decoding_is_the_parallel_form():
         parts += [model(token, state=state)[0] for token in idx[:, 9:].split(1, 1)]
         whole = model(idx, valid=valid)[0]
         check('decoding after a padded prompt = all at once', name, torch.cat(parts, 1)[valid], whole[valid])
+        gap = torch.ones(2, 21).bool()
+        gap[0, 10:12] = False
+        state = model.new_state()
+        parts = [model(idx[:, :9], state=state)[0], model(idx[:, 9:14], valid=gap[:, 9:14], state=state)[0]]
+        parts += [model(token, state=state)[0] for token in idx[:, 14:].split(1, 1)]
+        whole = model(idx, valid=gap)[0]
+        check('decoding with padding in a later piece = all at once', name, torch.cat(parts, 1)[gap], whole[gap])
 
 
 @proof(7)

@@ -94,13 +94,12 @@ class Attention(nn.Module):
             if 'k' in state:
                 k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)
                 v = torch.cat((state['v'], v), 2)
-                valid = torch.cat((state['valid'], valid), 1)  # (B, S)
-            state.update(k=k, v=v, valid=valid)
-        if valid is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, nh, T, hs)
-        else:
-            mask = visible(T, k.size(2), self.causal, valid, x.device)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            state.update(k=k, v=v)
+        S = k.size(2)
+        masked = valid is not None or 1 < T < S  # padding, or several tokens that follow a past
+        mask = visible(T, S, self.causal, valid, x.device) if masked else None
+        triangle = self.causal and T == S and not masked  # torch's own causal mask
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangle)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -173,8 +172,7 @@ class Model(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             if past + T > self.config.block_size:
-                limit = f'block_size={self.config.block_size}'
-                raise ValueError(f'absolute positions end at {limit}, got {past + T} tokens')
+                raise ValueError(f'absolute positions end at block_size={self.config.block_size}, not at {past + T}')
             x = x + self.wpe.weight[past:past + T]
         wide = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 position 2001 would be 2000
         p = torch.arange(past, past + T, device=idx.device, dtype=wide).expand(B, T)
@@ -184,8 +182,10 @@ class Model(nn.Module):
         if state is not None:
             if not self.config.causal:
                 raise ValueError('decoding from a state needs causal=True')
-            if valid is None:
-                valid = torch.ones_like(idx, dtype=torch.bool)
+            if valid is not None or 'valid_so_far' in state[0]:  # padding, now or before
+                now = torch.ones_like(idx, dtype=torch.bool) if valid is None else valid
+                before = state[0].get('valid_so_far', now.new_ones(B, past))
+                valid = state[0]['valid_so_far'] = torch.cat((before, now), 1)  # (B, past + T)
         x = self.drop(x)
         for i, block in enumerate(self.h):
             x = block(x, valid, None if state is None else state[i])
@@ -206,4 +206,5 @@ class Model(nn.Module):
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            logits = logits.detach()  # only the loss has a gradient: a compiled backward pass is smaller then
         return logits, loss

@@ -74,8 +74,7 @@ class Attention(nn.Module):
             if 'k' in state:
                 k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)
                 v = torch.cat((state['v'], v), 2)
-                valid = torch.cat((state['valid'], valid), 1)  # (B, S)
-            state.update(k=k, v=v, valid=valid)
+            state.update(k=k, v=v)
         S = k.size(2)
         offsets = torch.arange(1 - S, T, device=x.device)  # all offsets j - i, (S+T-1,)
         bumps = torch.exp(-self.b.abs()[..., None] * (offsets - self.c[..., None]) ** 2)  # (nh, n_bumps, S+T-1)
@@ -151,14 +150,15 @@ class Model(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             if past + T > self.config.block_size:
-                limit = f'block_size={self.config.block_size}'
-                raise ValueError(f'absolute positions end at {limit}, got {past + T} tokens')
+                raise ValueError(f'absolute positions end at block_size={self.config.block_size}, not at {past + T}')
             x = x + self.wpe.weight[past:past + T]
         if state is not None:
             if not self.config.causal:
                 raise ValueError('decoding from a state needs causal=True')
-            if valid is None:
-                valid = torch.ones_like(idx, dtype=torch.bool)
+            if valid is not None or 'valid_so_far' in state[0]:  # padding, now or before
+                now = torch.ones_like(idx, dtype=torch.bool) if valid is None else valid
+                before = state[0].get('valid_so_far', now.new_ones(B, past))
+                valid = state[0]['valid_so_far'] = torch.cat((before, now), 1)  # (B, past + T)
         x = self.drop(x)
         for i, block in enumerate(self.h):
             x = block(x, valid, None if state is None else state[i])
@@ -179,4 +179,5 @@ class Model(nn.Module):
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            logits = logits.detach()  # only the loss has a gradient: a compiled backward pass is smaller then
         return logits, loss

@@ -141,7 +141,7 @@ def test_contract_of_a_model_file(name):
     with pytest.raises(ValueError, match='needs causal'):
         model(idx, state=model.new_state())
     model = module.Model(module.Config(absolute=True, block_size=16))
-    with pytest.raises(ValueError, match='block_size=16, got 17'):
+    with pytest.raises(ValueError, match='block_size=16, not at 17'):
         model(idx[:, :17])
 
 

@@ -262,12 +262,20 @@ ERRORS = {
         'see = j <= i + 1 if causal'),
     'causal mask dropped': (
         NOPE,
-        'is_causal=self.causal)',
+        'is_causal=triangle)',
         'is_causal=False)'),
     'causal mask kept for both sides': (
         NOPE,
-        'is_causal=self.causal)',
-        'is_causal=True)'),
+        'is_causal=triangle)',
+        'is_causal=not masked)'),
+    'several tokens after a past see each other': (
+        NOPE,
+        'or 1 < T < S',
+        'or False'),
+    'padding of the past forgotten': (
+        NOPE,
+        "state[0].get('valid_so_far', now.new_ones(B, past))",
+        'now.new_ones(B, past)'),
     'padding seen': (
         ALL,
         'see & (valid[:, None, None, :] | (i == j))',
@@ -322,7 +330,7 @@ ERRORS = {
         'self.lightweight.exp()'),
     'padding enters the convolution': (
         CONV,
-        'x = x * valid[..., None]',
+        'x = x * valid[:, -x.size(1):, None]',
         'pass'),
     'padding enters the convolution of the values': (
         CONV,

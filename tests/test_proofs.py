@@ -40,14 +40,14 @@ class Model(model_nope.Model):
             raise RuntimeError('no padding, please')
         return super().hidden(idx, valid, state)
 '''
-PLAIN = (REPO / 'model_nope.py').read_text(encoding='utf-8').split('        if valid is None:\n', 1)
+PLAIN = (REPO / 'model_nope.py').read_text(encoding='utf-8').split('        S = k.size(2)\n', 1)
 ALIBI = PLAIN[0] + '''        S = k.size(2)
         i = torch.arange(S - T, S)[:, None]
         slopes = 2 ** (-8 * torch.arange(1, self.n_head + 1).to(q) / self.n_head)
         bias = -slopes[:, None, None] * (i - torch.arange(S)).abs()  # (nh, T, S)
         bias = torch.where(visible(T, S, self.causal, valid), bias, -math.inf)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-''' + PLAIN[1].split('attn_mask=mask)\n')[1]
+''' + PLAIN[1].split('is_causal=triangle)  # (B, nh, T, hs)\n')[1]
 README = (REPO / 'README.md').read_text(encoding='utf-8')
 ALIBI += '\n\n' + re.search(r'```python\n(def equation.*?)```', README, re.S)[1]
 FILES = {

@@ -14,8 +14,11 @@ Writes experiments/results/speed-<device>.csv, again after each length, and .png
 speed-convs-<device>.csv); with --quick in out/quick.
 """
 import argparse
+import contextlib
+import importlib
 import math
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -29,6 +32,7 @@ import model_composite as composite
 import model_conv as conv
 import model_kernelized as kernelized
 import model_nope as nope
+from common import die
 
 
 def plain_fft(q, k, v, b):
@@ -221,16 +225,23 @@ def draw(rows, title):
     return fig
 
 
-def training_step(module, fields, size, B, device):
-    """-> a function that makes one step: forward, backward and AdamW, always on the same batch."""
-    gpu = device == 'cuda'
-    model = module.Model(module.Config(**size, **fields)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=gpu)
-    run = torch.compile(model) if gpu else model
-    idx = torch.randint(size.get('vocab_size', 256), (B, size['block_size']), device=device)
+def nanogpt(path, size):
+    """nanoGPT's own model from a checkout of its repository, at the size of ours: without biases or dropout."""
+    if not Path(path, 'model.py').is_file():
+        die(f'--nanogpt {path} is no checkout of nanoGPT: it has no model.py')
+    sys.path.append(str(path))
+    module = importlib.import_module('model')
+    with contextlib.redirect_stdout(None):  # it prints its number of parameters
+        return module.GPT(module.GPTConfig(**size, bias=False))
+
+
+def training_step(model, idx, bf16, compiled):
+    """-> a function that makes one step: forward, backward and AdamW, always on the same batch idx (B, T)."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=idx.is_cuda)
+    run = torch.compile(model, dynamic=False) if compiled else model
 
     def step():
-        with torch.autocast(device, torch.bfloat16, enabled=gpu):
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=bf16):
             run(idx, idx)[1].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -246,10 +257,12 @@ def steps(args, device, write):
     output_alone = dict(lightweight=False, dynamic=False, values=False, queries_keys=False, output=True)
     variants = {'nope': (nope, {}), 'composite': (composite, {}), 'conv': (conv, {}),
                 'conv, output alone': (conv, output_alone), 'kernelized': (kernelized, {})}
+    idx = torch.randint(size.get('vocab_size', 256), (24 if small else 32, size['block_size']), device=device)
     jobs = {}
     for name, (module, fields) in variants.items():
         try:
-            jobs[name] = training_step(module, fields, size, 24 if small else 32, device)
+            model = module.Model(module.Config(**size, **fields)).to(device)
+            jobs[name] = training_step(model, idx, device == 'cuda', device == 'cuda')
             for _ in range(3):  # compile and warm up
                 jobs[name]()
         except torch.OutOfMemoryError:

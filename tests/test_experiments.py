@@ -24,6 +24,7 @@ import common  # noqa: E402
 import compare  # noqa: E402
 import convert  # noqa: E402
 import extrapolate  # noqa: E402
+import laptop  # noqa: E402
 import lib  # noqa: E402
 import speed  # noqa: E402
 import stability  # noqa: E402
@@ -440,6 +441,81 @@ def test_speed_steps_and_convs(monkeypatch, capsys, tmp_path):
     assert [r['model'] for r in rows] == ['nope', 'composite', 'conv', 'conv, output alone', 'kernelized']
     assert float(rows[0]['times_nope']) == 1 and '| depthwise_conv (conv1d) |' in capsys.readouterr().out
     assert len(lib.read_csv(tmp_path / f'speed-convs-{name}.csv')) >= 3
+
+
+# stands for a checkout of nanoGPT: what speed.py and laptop.py ask of its model.py
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+import model_nope
+@dataclass
+class GPTConfig(model_nope.Config):
+    pass
+class GPT(model_nope.Model):
+    pass
+"""
+# stands for a checkout of Chang et al.'s BERT_Convolutions: the attributes of their module, the equation as a gather
+CHANG = """
+from .file_utils import nothing
+class BertSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.nh, C, self.k = config.num_attention_heads, config.hidden_size, int(config.attention_kernel.split()[1])
+        self.query, self.key, self.value = nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)
+        self.convfixed_param = nn.Parameter(torch.zeros(1, self.nh, 1, 2 * self.k + 1))
+        self.convq_param = nn.Parameter(torch.zeros(C // self.nh, 2 * self.k + 1))
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(2, (self.nh, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        i = torch.arange(x.size(1))
+        r = (i[None] - i[:, None]).clamp(-self.k, self.k) + self.k
+        scale = q.size(-1) ** -0.5
+        kernel = self.convfixed_param + q @ self.convq_param * scale
+        att = (q @ k.transpose(2, 3) * scale + kernel.gather(3, r.expand(*q.shape[:3], -1))).softmax(-1)
+        return ((att @ v).transpose(1, 2).flatten(2),)
+"""
+
+
+@pytest.fixture
+def checkouts(tmp_path):
+    """Folders that stand for nanoGPT and BERT_Convolutions."""
+    nano = tmp_path / 'nano'
+    chang = tmp_path / 'chang'
+    (chang / 'src/transformers').mkdir(parents=True)
+    nano.mkdir()
+    (nano / 'model.py').write_text(NANOGPT)
+    (chang / 'src/transformers/modeling_bert.py').write_text(CHANG)
+    yield nano, chang
+    sys.modules.pop('model', None)
+
+
+def test_laptop(run, checkouts):
+    """Every part, small: each row has its verdict by its own aim; a checkout that is not equal is not timed."""
+    nano, chang = checkouts
+    words = ['experiments/laptop.py', '--quick', '--results', 'results']
+    run(*words, '--nanogpt', nano, '--chang', chang)
+    rows = written(run.folder / 'results', 'laptop')
+    parts = [r['part'] for r in rows]
+    assert list(dict.fromkeys(parts)) == list(laptop.PARTS)
+    assert [parts.count(part) for part in laptop.PARTS] == [10, 4, 2, 2 * (16 + 1), 2, 4]
+    for r in rows:
+        value, ours, theirs = float(r['value']), float(r['ours_ms']), float(r['theirs_ms'])
+        assert value == pytest.approx({'speed': theirs / ours, 'time': ours / theirs, 'ms': ours}[r['measure']], rel=1e-3)
+        if r['aim']:
+            reached = value >= float(r['aim']) if r['measure'] == 'speed' else value <= float(r['aim'])
+            assert r['verdict'] == ('reached' if reached else 'missed')
+    worst = max((r for r in rows if r['part'] == 'auto' and not r['aim']), key=lambda r: float(r['value']))
+    assert worst['value'] in [r['value'] for r in rows if r['what'].startswith('worst')]
+    run(*words, '--parts', 'steps', 'chang', '--results', 'alone')
+    rows = written(run.folder / 'alone', 'laptop')
+    assert len(rows) == 8 and not any(r['verdict'] for r in rows) and 'chang: left out' in run.out
+    file = chang / 'src/transformers/modeling_bert.py'
+    file.write_text(CHANG.replace('i[None] - i[:, None]', 'i[:, None] - i[None]'))
+    with pytest.raises(AssertionError, match='not close'):
+        run(*words, '--parts', 'chang', '--chang', chang)
+    for flag in ('--nanogpt', '--chang'):
+        run(*words, '--parts', 'steps', 'chang', flag, run.folder, code=2)
+        assert f'laptop.py: {flag} ' in run.err and 'is no checkout' in run.err
 
 
 def test_on_gpu(tmp_path):

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import model_composite
 import model_kernelized
 import train as train_py
 from conftest import CORPORA, REPO, TINY, Run
@@ -394,54 +396,7 @@ def test_what_extrapolate_scores():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# speed.py, on_gpu.sh
-
-def test_speed(run):
-    run('experiments/speed.py', '--quick', '--tokens', 256, '--lengths', 64, 128, '--results', 'results')
-    rows = written(run.folder / 'results', 'speed-cpu')
-    assert len(rows) == 16 and all(float(r['forward_backward_ms']) > 0 for r in rows)
-    assert 'no slower than flash' in run.out
-
-
-def test_speed_writes_each_length_and_survives_want_of_memory(monkeypatch, capsys):
-    """A form out of memory, at first or only while it is timed, is named and left out; the rest is written."""
-    calls = {'late': 0}
-
-    def never(q, *_):
-        raise torch.OutOfMemoryError('no')
-
-    def late(q, *_):
-        calls['late'] += 1
-        if calls['late'] % 4 == 0:
-            raise torch.OutOfMemoryError('no')
-        return q * 1
-
-    def good(q, *_):
-        return q * 1
-    known = {'softmax, flash': (good, 999), 'never': (never, 999), 'late': (late, 999), 'short': (good, 64)}
-    monkeypatch.setattr(speed, 'forms', lambda gpu: known)
-    written_rows = []
-    args = types.SimpleNamespace(quick=True, tokens=256, lengths=[64, 128])
-    rows = speed.attention(args, 'cpu', lambda header, rows: written_rows.append([row[:2] for row in rows]))
-    first = [(64, 'softmax, flash'), (64, 'short')]
-    assert written_rows == [first, [*first, (128, 'softmax, flash')]] and len(rows) == 3
-    out = capsys.readouterr().out
-    assert out.count('never: out of memory\n') == 2 and out.count('late: out of memory while it was timed') == 2
-
-
-def test_speed_steps_and_convs(monkeypatch, capsys, tmp_path):
-    """Training steps of every model, forms of a convolution; each timed once here."""
-    alternate = speed.alternate
-    monkeypatch.setattr(speed, 'alternate', lambda jobs, device, repeats: alternate(jobs, device, 1))
-    for flag in ('--steps', '--convs'):
-        monkeypatch.setattr(sys, 'argv', ['speed.py', '--quick', flag, '--results', str(tmp_path)])
-        speed.main()
-    name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    rows = lib.read_csv(tmp_path / f'speed-steps-{name}.csv')
-    assert [r['model'] for r in rows] == ['nope', 'composite', 'conv', 'conv, output alone', 'kernelized']
-    assert float(rows[0]['times_nope']) == 1 and '| depthwise_conv (conv1d) |' in capsys.readouterr().out
-    assert len(lib.read_csv(tmp_path / f'speed-convs-{name}.csv')) >= 3
-
+# speed.py, laptop.py, on_gpu.sh
 
 # stands for a checkout of nanoGPT: what speed.py and laptop.py ask of its model.py
 NANOGPT = """
@@ -489,6 +444,70 @@ def checkouts(tmp_path):
     sys.modules.pop('model', None)
 
 
+def test_speed(run):
+    run('experiments/speed.py', '--quick', '--tokens', 256, '--lengths', 64, 128, '--results', 'results')
+    rows = written(run.folder / 'results', 'speed-cpu')
+    assert len(rows) == 16 and all(float(r['forward_backward_ms']) > 0 for r in rows)
+    assert 'no slower than flash' in run.out
+
+
+def test_speed_writes_each_length_and_survives_want_of_memory(monkeypatch, capsys):
+    """A form out of memory, at first or only while it is timed, is named and left out; the rest is written."""
+    calls = {'late': 0}
+
+    def never(q, *_):
+        raise torch.OutOfMemoryError('no')
+
+    def late(q, *_):
+        calls['late'] += 1
+        if calls['late'] % 4 == 0:
+            raise torch.OutOfMemoryError('no')
+        return q * 1
+
+    def good(q, *_):
+        return q * 1
+    known = {'softmax, flash': (good, 999), 'never': (never, 999), 'late': (late, 999), 'short': (good, 64)}
+    monkeypatch.setattr(speed, 'forms', lambda gpu: known)
+    written_rows = []
+    args = types.SimpleNamespace(quick=True, tokens=256, lengths=[64, 128])
+    rows = speed.attention(args, 'cpu', lambda header, rows: written_rows.append([row[:3] for row in rows]))
+    assert [row[:2] for row in rows] == [(64, 'softmax, flash'), (64, 'short'), (128, 'softmax, flash')]
+    assert all(row[2] > 0 and row[3] > 0 and row[6] == '' for row in rows)
+    first = [row[:2] for row in written_rows[0]]
+    assert first == [(64, 'softmax, flash')] and math.isnan(written_rows[0][0][2]), 'written when it has run once'
+    assert [row[:2] for row in written_rows[2]] == [(64, 'softmax, flash'), (64, 'late'), (64, 'short')]
+    out = capsys.readouterr().out
+    assert out.count('never: out of memory\n') == 2 and out.count('late: out of memory while it was timed') == 2
+
+
+def test_speed_names_the_kernel_that_ran():
+    """By the profiler, in plain calls and in a model file's own."""
+    q = torch.randn(1, 1, 20, 8)
+    for which, name in ((SDPBackend.FLASH_ATTENTION, 'flash'), (SDPBackend.MATH, 'math')):
+        with sdpa_kernel(which):
+            assert speed.backend(lambda: F.scaled_dot_product_attention(q, q, q)) == name
+    assert speed.backend(lambda: model_composite.attend_fast(q, q, q, torch.zeros(1, 1, 20, 5))) == 'flash'
+    assert speed.backend(lambda: q @ q.transpose(2, 3)) == ''
+
+
+def test_speed_steps_and_convs(monkeypatch, capsys, tmp_path, checkouts):
+    """Training steps of every model, nanoGPT's among them, and forms of a convolution; each timed once here."""
+    alternate = speed.alternate
+    monkeypatch.setattr(speed, 'alternate', lambda jobs, device, repeats: alternate(jobs, device, 1))
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    steps = ['--steps', '--block_size', '32', '--nanogpt', str(checkouts[0])]
+    for flags in (steps, ['--convs']):
+        monkeypatch.setattr(sys, 'argv', ['speed.py', '--quick', *flags, '--results', str(tmp_path)])
+        speed.main()
+    rows = lib.read_csv(tmp_path / f'speed-steps-{device}-32.csv')
+    assert [r['model'] for r in rows] == ['nope', 'composite', 'conv', 'conv, output alone', 'kernelized', 'nanoGPT']
+    assert float(rows[0]['times_nope']) == 1 and rows[0]['backend'] == rows[-1]['backend'] == 'flash'
+    for r in rows:
+        assert float(r['tokens_per_s']) == pytest.approx(24 * 128 / float(r['ms']) * 1e3, rel=1e-3)
+    assert '| depthwise_conv (conv1d) |' in capsys.readouterr().out
+    assert len(lib.read_csv(tmp_path / f'speed-convs-{device}.csv')) >= 3
+
+
 def test_laptop(run, checkouts):
     """Every part, small: each row has its verdict by its own aim; a checkout that is not equal is not timed."""
     nano, chang = checkouts
@@ -500,7 +519,8 @@ def test_laptop(run, checkouts):
     assert [parts.count(part) for part in laptop.PARTS] == [10, 4, 2, 2 * (16 + 1), 2, 4]
     for r in rows:
         value, ours, theirs = float(r['value']), float(r['ours_ms']), float(r['theirs_ms'])
-        assert value == pytest.approx({'speed': theirs / ours, 'time': ours / theirs, 'ms': ours}[r['measure']], rel=1e-3)
+        expected = {'speed': theirs / ours, 'time': ours / theirs, 'ms': ours}[r['measure']]
+        assert value == pytest.approx(expected, rel=1e-3)
         if r['aim']:
             reached = value >= float(r['aim']) if r['measure'] == 'speed' else value <= float(r['aim'])
             assert r['verdict'] == ('reached' if reached else 'missed')

@@ -166,7 +166,8 @@ def changs_attention(path, layer, T):
 def chang(args):
     """With the projections of queries, keys and values, and without that of the output: their module has none."""
     if not args.chang:
-        return print('chang: left out, for it needs --chang')
+        print('chang: left out, for it needs --chang')
+        return
     for T in (16, 24) if args.quick else (128, 512):
         layers = {}
         for form in ('dense', 'auto'):
@@ -211,7 +212,7 @@ def auto(args):
             for form in ('auto', *forms):
                 fields = dict(causal=causal, attention=form)
                 jobs[form] = passes(*alone(MODELS[name], n, hs, min(2048, 32 * n), dtype, **fields), grad)
-            ms = in_turns(jobs, args.seconds, hopeless=1.5)
+            ms = in_turns(jobs, args.seconds / 2, hopeless=1.5)
             side = 'causal' if causal else 'both sides'
             pass_name = 'forward + backward' if grad else 'no_grad'
             what = f'{name}, {n} tokens, heads of {hs}, {side}, {str(dtype)[6:]}, {pass_name}'

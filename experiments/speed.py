@@ -300,16 +300,19 @@ def steps(args, device, write):
     if args.nanogpt:
         builders['nanoGPT'] = partial(nanogpt, args.nanogpt, size)
     rows = {}
+    times = {}
 
     def put(name, ms, *figures):
-        rows[name] = name, ms, idx.numel() / ms * 1e3, ms / rows['nope'][1] if 'nope' in rows else math.nan, *figures
+        times[name] = ms
+        rows[name] = name, ms, idx.numel() / ms * 1e3, ms / times.get('nope', math.nan), *figures
         return write(('model', 'ms', 'tokens_per_s', 'times_nope', 'peak_gib', 'backend'), rows.values())
     jobs = {}
     for name, build in builders.items():
+        job = None  # frees a model that was too large
         try:
             before = torch.cuda.memory_allocated() if gpu else 0
             job = training_step(build().to(device), idx, gpu, gpu)
-            for _ in range(3):  # compile and warm up
+            for _ in range(3 if gpu else 1):  # compile and warm up
                 job()
             start = clock(device)
             memory = peak_memory(job, gpu, before)

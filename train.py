@@ -429,10 +429,10 @@ def build(run, module, compiled):
         model = ddp = module.Model(run.config).to(run.device)
     except ValueError as e:
         die(f'{e} ({common.place(e)})')
+    if compiled:
+        model.compile(dynamic=False)  # called by DDP, it is cut where a bucket of gradients can be sent off early
     if WORLD > 1:
         ddp = torch.nn.parallel.DistributedDataParallel(model, device_ids=[run.device.index] if cuda else None)
-    if compiled:
-        ddp.compile(dynamic=False)  # around DDP: torch then cuts the graph so that gradients are exchanged in between
     matrices = dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=settings.weight_decay)
     vectors = dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)
     optimizer = torch.optim.AdamW([matrices, vectors], betas=(settings.beta1, settings.beta2), fused=cuda)

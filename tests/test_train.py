@@ -270,7 +270,7 @@ def test_accumulation_changes_nothing_but_rounding(train):
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='no C++ compiler')
 def test_two_compiled_processes_equal_one(train):
-    """Compiled around DDP: the same curve, and weights by their own names."""
+    """Compiled inside DDP: the same curve, and weights by their own names."""
     words = '--model nope --n_layer 1 --max_iters 3 --eval_interval 3 --log_interval 1'.split()
     train.train(*words, '--out_dir', 'one')
     words += ['--micro_batch_size', 2, '--compile', 'on', '--out_dir', 'two']

@@ -242,7 +242,7 @@ def choose_device(settings):
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
-    has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    has_bf16 = multiplies_bf16(device)
     if settings.dtype == 'bfloat16' and cuda and not has_bf16:
         die('--dtype bfloat16 is not supported by this GPU; allowed: auto, float32')
     bf16 = settings.dtype == 'bfloat16' or (settings.dtype == 'auto' and has_bf16)
@@ -254,9 +254,22 @@ def choose_device(settings):
     kind = torch.cuda.get_device_name(device) if cuda else f'{torch.get_num_threads()} threads'
     processes = f' x {WORLD} processes' if WORLD > 1 else ''
     precision = 'bfloat16' if bf16 else 'float32 (TF32 products)' if cuda else 'float32'
+    if bf16 and settings.dtype == 'auto':
+        precision += ' (--dtype float32 for float32)'
     reason = f' (no {lacks})' if settings.compile == 'auto' and not compiled else ''
     say(f'device {device} ({kind}){processes}, {precision}, compile {"on" if compiled else "off"}{reason}')
     return device, torch.bfloat16 if bf16 else torch.float32, compiled
+
+
+def multiplies_bf16(device):
+    """Whether the device multiplies bfloat16 natively: CUDA from Ampere on, x86 with AVX512-BF16 or AMX.
+
+    Arm's instructions are left out: nobody has measured there whether torch gains by them.
+    """
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return device.type == 'cpu' and any(able.get(name) for name in ('avx512_bf16', 'amx_bf16'))
 
 
 def compile_lacks(settings, device):
@@ -267,8 +280,11 @@ def compile_lacks(settings, device):
         return 'compute capability 7.0'
     if device.type != 'cuda' and settings.compile == 'auto':
         return 'CUDA'
-    if not any(shutil.which(compiler) for compiler in ('cc', 'gcc', 'clang')):
+    if device.type == 'cuda' and not any(shutil.which(compiler) for compiler in ('cc', 'gcc', 'clang')):
         return 'C compiler'
+    cxx = {'darwin': 'clang++', 'win32': 'cl'}.get(sys.platform, 'g++')  # as Inductor chooses
+    if device.type != 'cuda' and not shutil.which(os.environ.get('CXX', cxx)):
+        return 'C++ compiler'
     return None
 
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 from common import RANK, WORLD, any_process, die, log, one_line, say, write
@@ -37,7 +38,7 @@ class Settings:
     data_dir: str = 'data'  # folder of the prepared data sets
     seed: int = 1  # decides the initial weights and, with the step number, each batch
     device: str = 'auto'  # auto (cuda > mps > cpu), cpu, cuda, cuda:N or mps
-    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16 where the GPU has it
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 if GPU or CPU has it
     compile: Literal['auto', 'on', 'off'] = 'auto'  # torch.compile; auto: on CUDA with Triton
     max_iters: int = 1000  # optimizer steps
     batch_size: int = 24  # sequences per optimizer step, over all processes and micro batches
@@ -135,6 +136,21 @@ def batch_share(settings):
     return share, min(settings.micro_batch_size or share, share)
 
 
+def on_device(run, rows):
+    """(idx, targets, where) as tensors; to a GPU from pinned memory, by copies that nobody waits for."""
+    tensors = [None if a is None else torch.from_numpy(a) for a in rows]
+    if run.device.type == 'cuda':
+        tensors = [None if x is None else x.pin_memory() for x in tensors]
+    return [None if x is None else x.to(run.device, non_blocking=True) for x in tensors]
+
+
+def micro_batches(run, step):
+    """All that this process needs of the batch of a step: a list of (idx, targets, where) on the device."""
+    share, micro = batch_share(run.settings)
+    first = RANK * share
+    return [on_device(run, train_rows(run, step, range(i, i + micro))) for i in range(first, first + share, micro)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # one step, and validation
 
@@ -152,25 +168,23 @@ def reseed(settings, step):
 
 
 def forward(run, model, rows):
-    """Mean loss in nats of rows = (idx, targets, where)."""
-    idx, targets, where = [None if a is None else torch.from_numpy(a).to(run.device) for a in rows]
+    """Mean loss in nats of rows = (idx, targets, where) on the device."""
+    idx, targets, where = rows
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
         return model(idx, targets, where=where)[1]
 
 
-def train_step(run, ddp, optimizer, step):
+def train_step(run, ddp, optimizer, step, batches):
     """Forward, backward, update -> (2,) loss and gradient norm, still on the device: reading them would wait for it."""
     settings = run.settings
-    share, micro = batch_share(settings)
     reseed(settings, step)
     for group in optimizer.param_groups:
         group['lr'] = lr_at(step, settings)
     total = 0.0
-    for i in range(0, share, micro):
-        first = RANK * share + i
+    for i, rows in enumerate(batches, 1):
         if WORLD > 1:
-            ddp.require_backward_grad_sync = i + micro == share  # exchange gradients once, after the last micro batch
-        loss = forward(run, ddp, train_rows(run, step, range(first, first + micro))) * (micro / share)
+            ddp.require_backward_grad_sync = i == len(batches)  # exchange gradients once, after the last micro batch
+        loss = forward(run, ddp, rows) * (1 / len(batches))
         loss.backward()
         total = total + loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), settings.grad_clip or math.inf)
@@ -192,7 +206,7 @@ def evaluate(run, model):
         rows = val_rows(run, np.minimum(numbers, n - 1), n)
         rows[1][numbers >= n] = -1  # no targets in the rows that only fill the last batch
         count = (rows[1] >= 0).sum()
-        total += torch.tensor((forward(run, model, rows).item() * count, count))
+        total += torch.tensor((forward(run, model, on_device(run, rows)).item() * count, count))
     model.train()
     if WORLD > 1:
         total = total.to(run.device)
@@ -212,6 +226,7 @@ def training_loop(run, model, ddp, optimizer, progress, validate_first):
     signals = common.catch_signals()
     last_line = first, time.time()  # step and time of the last line
     timed_from = None  # the same after the first step, which compiles: it is no measure of the rest
+    batches = micro_batches(run, first)
     while True:
         step = progress.step
         stop = any_process(bool(signals), run.peers)
@@ -232,8 +247,9 @@ def training_loop(run, model, ddp, optimizer, progress, validate_first):
         if done:
             return
 
-        pending.append(train_step(run, ddp, optimizer, step))
+        pending.append(train_step(run, ddp, optimizer, step, batches))
         progress.step += 1
+        batches = micro_batches(run, progress.step)  # made while a GPU works on this step; below we may wait for it
 
         if step == first or progress.step % settings.log_interval == 0:
             norm = fetch_losses(run, progress, pending)
@@ -414,7 +430,7 @@ def build(run, module, compiled):
     except ValueError as e:
         die(f'{e} ({common.place(e)})')
     if compiled:
-        model.compile(dynamic=False)
+        model.compile(dynamic=False)  # called by DDP, it is cut where a bucket of gradients can be sent off early
     if WORLD > 1:
         ddp = torch.nn.parallel.DistributedDataParallel(model, device_ids=[run.device.index] if cuda else None)
     matrices = dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=settings.weight_decay)
@@ -496,12 +512,22 @@ def speed_at_peak(run, model):
     """Tokens/s at which the GPUs would do the model's products at their peak rate, MFU 100 %; None where unknown."""
     if run.device.type != 'cuda' or run.dtype != torch.bfloat16:
         return None
-    config, gpu = run.config, torch.cuda.get_device_name(run.device)
+    gpu = torch.cuda.get_device_name(run.device)
     peak = next((flops for name, flops in PEAK.items() if re.search(rf'\b{name}\b', gpu)), None)
-    predicted = run.settings.mask_prob if run.settings.objective == 'masked' else 1  # share of the tokens the head sees
-    weights = sum(p.numel() for p in model.parameters()) - (1 - predicted) * model.wte.weight.numel()
-    flops = 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size  # per token, forward and backward
-    return peak * WORLD / flops if peak else None
+    return peak * WORLD / flops_per_token(run, model) if peak else None
+
+
+def flops_per_token(run, model):
+    """Operations per token, forward and backward, of the products that this model makes on this device.
+
+    torch counts one forward pass of one row: matrix products, convolutions and CUDA's attention kernels, but no FFT and
+    no sum over shifted neighbours. The backward pass makes two products for each; what it computes again does not
+    count. A causal (T, T) matrix counts whole, as in nanoGPT.
+    """
+    rows = on_device(run, train_rows(run, 0, range(1)))
+    with FlopCounterMode(display=False) as counter:
+        forward(run, model.forward, rows)  # not model(...): compiled code would hide its products
+    return 3 * counter.get_total_flops() / run.config.block_size
 
 
 if __name__ == '__main__':

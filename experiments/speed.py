@@ -4,18 +4,27 @@ Time and memory of every form of attention over the length of the text, and of a
     python experiments/speed.py --quick    # small, a few minutes on a CPU
     python experiments/speed.py            # on a GPU: 32,768 tokens, 12 heads of 64, m = 64, bf16, n = 512 ... 65,536
     python experiments/speed.py --steps    # training steps of every model at GPT-2 124M size (--quick: the tiny preset)
+    python experiments/speed.py --steps --nanogpt ../nanoGPT --block_size 8192 --cudnn
     python experiments/speed.py --convs    # conv1d against shifted multiply-adds, both layouts
 
 Answers Figure 1a of Luo et al. 2021 (forward time over n, one head of 64 on a V100: softmax 51.8 ms at 32k, kernelized
 by FFT with m = 32 29.3 ms), with what it competes with today: flash attention. Kernelized forms start from q and k,
 features included. All forms of one length are timed in turns, so that their ratios belong to one moment; each figure is
-the median. A form without enough memory is left out, and said so.
-Writes experiments/results/speed-<device>.csv, again after each length, and .png (or speed-steps-<device>.csv,
-speed-convs-<device>.csv); with --quick in out/quick.
+the median. A form without enough memory is left out, and said so. The column `backend` names the attention kernels of
+torch that were called, as its profiler saw them: flash, cuDNN, efficient, math, or none.
+--steps trains as train.py does: 32,768 tokens a step (--block_size: in texts of another length), AdamW fused on a GPU,
+bfloat16 and torch.compile there; peak memory is that of one model with its optimizer. --nanogpt takes nanoGPT's own
+model from a checkout of github.com/karpathy/nanoGPT into the same turns; --cudnn lets torch prefer cuDNN's attention.
+Writes experiments/results/speed-<device>.csv and .png (or speed-steps-<device>[-<block_size>][-cudnn].csv,
+speed-convs-<device>.csv); with --quick in out/quick. A row is written as soon as its form has run once, and again when
+its medians are known: a run that is cut off has what it measured.
 """
 import argparse
+import contextlib
+import importlib
 import math
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -29,6 +38,9 @@ import model_composite as composite
 import model_conv as conv
 import model_kernelized as kernelized
 import model_nope as nope
+from common import die
+
+CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def plain_fft(q, k, v, b):
@@ -101,6 +113,16 @@ def clock(device):
     return time.perf_counter()
 
 
+def backend(job):
+    """The attention kernels of torch that a job calls: 'flash', 'cuDNN', 'efficient', 'math', two of them, or ''."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        job()
+    called = ' '.join(event.key for event in profile.key_averages())
+    kernels = {'flash': 'flash_attention', 'cuDNN': 'cudnn_attention', 'efficient': 'efficient_attention',
+               'math': '_attention_math'}
+    return ' and '.join(name for name, part in kernels.items() if part in called)
+
+
 def alternate(jobs, device, repeats):
     """{name: median seconds} of jobs that run in turns, after a first run of each; one without memory is left out."""
     times = {name: [] for name in jobs}
@@ -129,19 +151,22 @@ def forward_only(f, inputs):
     f(*inputs)
 
 
-def peak_memory(f, inputs, grad, gpu):
-    """GiB above the inputs, forward and backward; NaN on a CPU. Also compiles f before the clock runs."""
-    forward_backward(f, inputs, grad)
+def peak_memory(job, gpu, before=None):
+    """GiB above `before` (by default what is allocated now) that a job needs; NaN on a CPU."""
     if not gpu:
         return math.nan
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    forward_backward(f, inputs, grad)
+    before = torch.cuda.memory_allocated() if before is None else before
+    job()
     return (torch.cuda.max_memory_allocated() - before) / 2 ** 30
 
 
-def at_length(n, tokens, args, device):
-    """Rows (n, form, forward ms, forward and backward ms, peak GiB above the inputs, tokens in all texts)."""
+def at_length(n, tokens, args, device, put):
+    """Measure every form in texts of n tokens.
+
+    put(n, form, forward ms, forward and backward ms, peak GiB above the inputs, tokens in all texts, backend) is called
+    after a form has run once (forward: NaN), and again with the medians; put(n, form) when it is left out.
+    """
     gpu = device == 'cuda'
     nh, hs, m = (12, 64, 64) if gpu and not args.quick else (4, 32, 64)
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -153,39 +178,53 @@ def at_length(n, tokens, args, device):
         learned.append(torch.randn(*size, device=device).mul_(0.1).requires_grad_())
     inputs = [q, k, v, *learned, torch.randn(m, hs, device=device)]
     grad = torch.randn_like(q)
-    known = {}
-    peak = {}
+    both = {}
+    seen = {}
     for name, (form, largest) in forms(gpu).items():
         if n > largest:
             continue
+        job = partial(forward_backward, form, inputs, grad)
         try:
-            peak[name] = peak_memory(form, inputs, grad, gpu)
-            known[name] = form
+            job()  # compiles
+            start = clock(device)
+            memory = peak_memory(job, gpu)
+            once = (clock(device) - start) * 1e3
+            seen[name] = memory, shape[0] * n, backend(job)
         except torch.OutOfMemoryError:
             print(f'n = {n}: {name}: out of memory', flush=True)
+            continue
+        both[name] = job
+        put(n, name, math.nan, once, *seen[name])
     repeats = 10 if gpu else 3
-    forward = alternate({name: partial(forward_only, f, inputs) for name, f in known.items()}, device, repeats)
-    both = {name: partial(forward_backward, known[name], inputs, grad) for name in forward}
-    whole = alternate(both, device, repeats)
-    return [(n, name, forward[name] * 1e3, whole[name] * 1e3, peak[name], shape[0] * n) for name in whole]
+    known = forms(gpu)
+    forward = alternate({name: partial(forward_only, known[name][0], inputs) for name in both}, device, repeats)
+    whole = alternate({name: both[name] for name in forward}, device, repeats)
+    for name in both:
+        put(n, name, *((forward[name] * 1e3, whole[name] * 1e3, *seen[name]) if name in whole else ()))
 
 
 def attention(args, device, write):
-    """Measure every form at every length -> rows as in at_length. write(header, rows) is called after each length."""
+    """Measure every form at every length -> rows as in at_length. write(header, rows) is called when a row is new."""
     small = args.quick or device == 'cpu'
     tokens = args.tokens or (4096 if small else 32768)
     lengths = args.lengths or [2 ** i for i in (range(9, 13) if small else range(9, 17))]
-    rows = []
+    rows = {}
+
+    def put(n, name, *figures):
+        rows.pop((n, name), None)
+        if figures:
+            rows[n, name] = (n, name, *figures)
+        header = ('n', 'form', 'forward_ms', 'forward_backward_ms', 'peak_gib', 'tokens', 'backend')
+        write(header, rows.values())
     for n in lengths:
-        rows += at_length(n, tokens, args, device)
-        write(('n', 'form', 'forward_ms', 'forward_backward_ms', 'peak_gib', 'tokens'), rows)
-        here = [row for row in rows if row[0] == n]
+        at_length(n, tokens, args, device, put)
+        here = [row for row in rows.values() if row[0] == n]
         flash = next((row[3] for row in here if row[1] == 'softmax, flash'), math.nan)
-        for _, name, forward, whole, peak, _ in here:
+        for _, name, forward, whole, peak, _, kernel in here:
             memory = '' if math.isnan(peak) else f'  peak {peak:6.2f} GiB'
             print(f'n = {n:6d}  {name:26s} forward {forward:9.3f} ms  forward+backward {whole:9.3f} ms  '
-                  f'{whole / flash:7.2f}x flash{memory}', flush=True)
-    return rows
+                  f'{whole / flash:7.2f}x flash{memory}  {kernel}', flush=True)
+    return list(rows.values())
 
 
 def crossovers(rows):
@@ -221,16 +260,23 @@ def draw(rows, title):
     return fig
 
 
-def training_step(module, fields, size, B, device):
-    """-> a function that makes one step: forward, backward and AdamW, always on the same batch."""
-    gpu = device == 'cuda'
-    model = module.Model(module.Config(**size, **fields)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=gpu)
-    run = torch.compile(model) if gpu else model
-    idx = torch.randint(size.get('vocab_size', 256), (B, size['block_size']), device=device)
+def nanogpt(path, size):
+    """nanoGPT's own model from a checkout of its repository, at the size of ours: without biases or dropout."""
+    if not Path(path, 'model.py').is_file():
+        die(f'--nanogpt {path} is no checkout of nanoGPT: it has no model.py')
+    sys.path.append(str(path))
+    module = importlib.import_module('model')
+    with contextlib.redirect_stdout(None):  # it prints its number of parameters
+        return module.GPT(module.GPTConfig(**size, bias=False))
+
+
+def training_step(model, idx, bf16, compiled):
+    """-> a function that makes one step: forward, backward and AdamW, always on the same batch idx (B, T)."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=idx.is_cuda)
+    run = torch.compile(model, dynamic=False) if compiled else model
 
     def step():
-        with torch.autocast(device, torch.bfloat16, enabled=gpu):
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=bf16):
             run(idx, idx)[1].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -238,31 +284,55 @@ def training_step(module, fields, size, B, device):
 
 
 def steps(args, device, write):
-    """Time a training step of each model, in turns: rows (model, ms, times nope)."""
-    small = args.quick or device == 'cpu'
-    size = dict(block_size=128)
+    """Time a training step of each model, in turns: rows (model, ms, tokens/s, times nope, peak GiB, backend)."""
+    gpu = device == 'cuda'
+    small = args.quick or not gpu
+    size = dict(vocab_size=320, block_size=128, n_layer=4, n_head=4, n_embd=128)
     if not small:
         size = dict(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768)
+    tokens = (24 if small else 32) * size['block_size']
+    size['block_size'] = args.block_size or size['block_size']
+    idx = torch.randint(256, (max(1, tokens // size['block_size']), size['block_size']), device=device)
     output_alone = dict(lightweight=False, dynamic=False, values=False, queries_keys=False, output=True)
     variants = {'nope': (nope, {}), 'composite': (composite, {}), 'conv': (conv, {}),
                 'conv, output alone': (conv, output_alone), 'kernelized': (kernelized, {})}
+    builders = {name: partial(ours, module, size | fields) for name, (module, fields) in variants.items()}
+    if args.nanogpt:
+        builders['nanoGPT'] = partial(nanogpt, args.nanogpt, size)
+    rows = {}
+    times = {}
+
+    def put(name, ms, *figures):
+        times[name] = ms
+        rows[name] = name, ms, idx.numel() / ms * 1e3, ms / times.get('nope', math.nan), *figures
+        return write(('model', 'ms', 'tokens_per_s', 'times_nope', 'peak_gib', 'backend'), rows.values())
     jobs = {}
-    for name, (module, fields) in variants.items():
+    for name, build in builders.items():
+        job = None  # frees a model that was too large
         try:
-            jobs[name] = training_step(module, fields, size, 24 if small else 32, device)
-            for _ in range(3):  # compile and warm up
-                jobs[name]()
+            before = torch.cuda.memory_allocated() if gpu else 0
+            job = training_step(build().to(device), idx, gpu, gpu)
+            for _ in range(3 if gpu else 1):  # compile and warm up
+                job()
+            start = clock(device)
+            memory = peak_memory(job, gpu, before)
+            put(name, (clock(device) - start) * 1e3, memory, backend(job))
+            jobs[name] = job
         except torch.OutOfMemoryError:
             print(f'{name}: out of memory', flush=True)
-            jobs.pop(name, None)
-    times = alternate(jobs, device, 10)
-    base = times.get('nope', math.nan)
-    rows = [(name, seconds * 1e3, seconds / base) for name, seconds in times.items()]
-    path = write(('model', 'ms', 'times_nope'), rows)
-    print('| model | ms per step | times nope |\n|---|---|---|')
-    for name, ms, ratio in rows:
-        print(f'| {name} | {ms:.1f} | {ratio:.2f} |')
+    ms = {name: seconds * 1e3 for name, seconds in alternate(jobs, device, 10).items()}
+    seen = {name: rows[name][4:] for name in ms}
+    rows.clear()
+    for name in ms:
+        path = put(name, ms[name], *seen[name])
+    print('| model | ms per step | tokens/s | times nope | peak GiB | attention |\n|---|---|---|---|---|---|')
+    for name, time_of_step, rate, ratio, memory, kernel in rows.values():
+        print(f'| {name} | {time_of_step:.1f} | {rate:,.0f} | {ratio:.2f} | {memory:.1f} | {kernel} |')
     print(f'\nwrote {path}')
+
+
+def ours(module, fields):
+    return module.Model(module.Config(**fields))
 
 
 def convs(args, device, write):
@@ -298,6 +368,9 @@ def convs(args, device, write):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--steps', action='store_true', help='training steps of whole models instead')
+    parser.add_argument('--nanogpt', metavar='PATH', help='with --steps: a checkout of nanoGPT, timed, too')
+    parser.add_argument('--block_size', type=positive, help='with --steps: tokens in a text (default 1024 or 128)')
+    parser.add_argument('--cudnn', action='store_true', help="with --steps: prefer cuDNN's attention (CUDA only)")
     parser.add_argument('--convs', action='store_true', help='forms of the depthwise convolution instead')
     parser.add_argument('--lengths', nargs='+', type=positive, help='n, tokens in a text (default: powers of two)')
     parser.add_argument('--tokens', type=positive, help='in all texts together (default 32,768; 4,096 if small)')
@@ -313,14 +386,20 @@ def main():
     torch.set_float32_matmul_precision('high')
     torch.manual_seed(0)
 
-    def writer(kind):
-        return partial(write_csv, args.results, f'{kind}-{device}')
+    def writer(name):
+        return partial(write_csv, args.results, name)
     if args.steps:
-        steps(args, device, writer('speed-steps'))
+        steps_name = f'speed-steps-{device}'
+        if args.block_size:
+            steps_name += f'-{args.block_size}'
+        if args.cudnn:
+            steps_name += '-cudnn'
+        with sdpa_kernel(CUDNN_FIRST, set_priority=True) if args.cudnn else contextlib.nullcontext():
+            steps(args, device, writer(steps_name))
     elif args.convs:
-        convs(args, device, writer('speed-convs'))
+        convs(args, device, writer(f'speed-convs-{device}'))
     else:
-        rows = attention(args, device, writer('speed'))
+        rows = attention(args, device, writer(f'speed-{device}'))
         crossovers(rows)
         save(draw(rows, name), Path(args.results, f'speed-{device}.csv'))
 

@@ -20,8 +20,9 @@ sys.path[:0] = [str(REPO), str(REPO / 'experiments'), str(REPO / 'baselines')]
 CORPORA = Path(os.environ.get('CORPORA', REPO.parent / 'shared' / 'data'))  # real texts; without them tests skip
 MODELS = ['nope', 'composite', 'conv', 'kernelized']
 BASELINES = ['rope', 'alibi', 'tisa', 'cape']  # in baselines/
-# a model that trains in a second
-TINY = '--n_layer 2 --n_embd 32 --n_head 2 --block_size 32 --batch_size 8 --eval_tokens 2048 --device cpu'.split()
+# a model that trains in a second, in float32 on every CPU
+TINY = ('--n_layer 2 --n_embd 32 --n_head 2 --block_size 32 --batch_size 8 --eval_tokens 2048 '
+        '--device cpu --dtype float32').split()
 
 
 class Run:

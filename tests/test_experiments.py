@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import model_composite
 import model_kernelized
 import train as train_py
 from conftest import CORPORA, REPO, TINY, Run
@@ -24,6 +26,7 @@ import common  # noqa: E402
 import compare  # noqa: E402
 import convert  # noqa: E402
 import extrapolate  # noqa: E402
+import laptop  # noqa: E402
 import lib  # noqa: E402
 import speed  # noqa: E402
 import stability  # noqa: E402
@@ -393,7 +396,53 @@ def test_what_extrapolate_scores():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# speed.py, on_gpu.sh
+# speed.py, laptop.py, on_gpu.sh
+
+# stands for a checkout of nanoGPT: what speed.py and laptop.py ask of its model.py
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+import model_nope
+@dataclass
+class GPTConfig(model_nope.Config):
+    pass
+class GPT(model_nope.Model):
+    pass
+"""
+# stands for a checkout of Chang et al.'s BERT_Convolutions: the attributes of their module, the equation as a gather
+CHANG = """
+from .file_utils import nothing
+class BertSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.nh, C, self.k = config.num_attention_heads, config.hidden_size, int(config.attention_kernel.split()[1])
+        self.query, self.key, self.value = nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)
+        self.convfixed_param = nn.Parameter(torch.zeros(1, self.nh, 1, 2 * self.k + 1))
+        self.convq_param = nn.Parameter(torch.zeros(C // self.nh, 2 * self.k + 1))
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(2, (self.nh, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        i = torch.arange(x.size(1))
+        r = (i[None] - i[:, None]).clamp(-self.k, self.k) + self.k
+        scale = q.size(-1) ** -0.5
+        kernel = self.convfixed_param + q @ self.convq_param * scale
+        att = (q @ k.transpose(2, 3) * scale + kernel.gather(3, r.expand(*q.shape[:3], -1))).softmax(-1)
+        return ((att @ v).transpose(1, 2).flatten(2),)
+"""
+
+
+@pytest.fixture
+def checkouts(tmp_path):
+    """Folders that stand for nanoGPT and BERT_Convolutions."""
+    nano = tmp_path / 'nano'
+    chang = tmp_path / 'chang'
+    (chang / 'src/transformers').mkdir(parents=True)
+    nano.mkdir()
+    (nano / 'model.py').write_text(NANOGPT)
+    (chang / 'src/transformers/modeling_bert.py').write_text(CHANG)
+    yield nano, chang
+    sys.modules.pop('model', None)
+
 
 def test_speed(run):
     run('experiments/speed.py', '--quick', '--tokens', 256, '--lengths', 64, 128, '--results', 'results')
@@ -421,25 +470,72 @@ def test_speed_writes_each_length_and_survives_want_of_memory(monkeypatch, capsy
     monkeypatch.setattr(speed, 'forms', lambda gpu: known)
     written_rows = []
     args = types.SimpleNamespace(quick=True, tokens=256, lengths=[64, 128])
-    rows = speed.attention(args, 'cpu', lambda header, rows: written_rows.append([row[:2] for row in rows]))
-    first = [(64, 'softmax, flash'), (64, 'short')]
-    assert written_rows == [first, [*first, (128, 'softmax, flash')]] and len(rows) == 3
+    rows = speed.attention(args, 'cpu', lambda header, rows: written_rows.append([row[:3] for row in rows]))
+    assert [row[:2] for row in rows] == [(64, 'softmax, flash'), (64, 'short'), (128, 'softmax, flash')]
+    assert all(row[2] > 0 and row[3] > 0 and row[6] == '' for row in rows)
+    first = [row[:2] for row in written_rows[0]]
+    assert first == [(64, 'softmax, flash')] and math.isnan(written_rows[0][0][2]), 'written when it has run once'
+    assert [row[:2] for row in written_rows[2]] == [(64, 'softmax, flash'), (64, 'late'), (64, 'short')]
     out = capsys.readouterr().out
     assert out.count('never: out of memory\n') == 2 and out.count('late: out of memory while it was timed') == 2
 
 
-def test_speed_steps_and_convs(monkeypatch, capsys, tmp_path):
-    """Training steps of every model, forms of a convolution; each timed once here."""
+def test_speed_names_the_kernel_that_ran():
+    """By the profiler, in plain calls and in a model file's own."""
+    q = torch.randn(1, 1, 20, 8)
+    for which, name in ((SDPBackend.FLASH_ATTENTION, 'flash'), (SDPBackend.MATH, 'math')):
+        with sdpa_kernel(which):
+            assert speed.backend(lambda: F.scaled_dot_product_attention(q, q, q)) == name
+    assert speed.backend(lambda: model_composite.attend_fast(q, q, q, torch.zeros(1, 1, 20, 5))) == 'flash'
+    assert speed.backend(lambda: q @ q.transpose(2, 3)) == ''
+
+
+def test_speed_steps_and_convs(monkeypatch, capsys, tmp_path, checkouts):
+    """Training steps of every model, nanoGPT's among them, and forms of a convolution; each timed once here."""
     alternate = speed.alternate
     monkeypatch.setattr(speed, 'alternate', lambda jobs, device, repeats: alternate(jobs, device, 1))
-    for flag in ('--steps', '--convs'):
-        monkeypatch.setattr(sys, 'argv', ['speed.py', '--quick', flag, '--results', str(tmp_path)])
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    steps = ['--steps', '--block_size', '32', '--nanogpt', str(checkouts[0])]
+    for flags in (steps, ['--convs']):
+        monkeypatch.setattr(sys, 'argv', ['speed.py', '--quick', *flags, '--results', str(tmp_path)])
         speed.main()
-    name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    rows = lib.read_csv(tmp_path / f'speed-steps-{name}.csv')
-    assert [r['model'] for r in rows] == ['nope', 'composite', 'conv', 'conv, output alone', 'kernelized']
-    assert float(rows[0]['times_nope']) == 1 and '| depthwise_conv (conv1d) |' in capsys.readouterr().out
-    assert len(lib.read_csv(tmp_path / f'speed-convs-{name}.csv')) >= 3
+    rows = lib.read_csv(tmp_path / f'speed-steps-{device}-32.csv')
+    assert [r['model'] for r in rows] == ['nope', 'composite', 'conv', 'conv, output alone', 'kernelized', 'nanoGPT']
+    assert float(rows[0]['times_nope']) == 1 and rows[0]['backend'] == rows[-1]['backend'] == 'flash'
+    for r in rows:
+        assert float(r['tokens_per_s']) == pytest.approx(24 * 128 / float(r['ms']) * 1e3, rel=1e-3)
+    assert '| depthwise_conv (conv1d) |' in capsys.readouterr().out
+    assert len(lib.read_csv(tmp_path / f'speed-convs-{device}.csv')) >= 3
+
+
+def test_laptop(run, checkouts):
+    """Every part, small: each row has its verdict by its own aim; a checkout that is not equal is not timed."""
+    nano, chang = checkouts
+    words = ['experiments/laptop.py', '--quick', '--results', 'results']
+    run(*words, '--nanogpt', nano, '--chang', chang)
+    rows = written(run.folder / 'results', 'laptop')
+    parts = [r['part'] for r in rows]
+    assert list(dict.fromkeys(parts)) == list(laptop.PARTS)
+    assert [parts.count(part) for part in laptop.PARTS] == [10, 4, 2, 2 * (16 + 1), 2, 4]
+    for r in rows:
+        value, ours, theirs = float(r['value']), float(r['ours_ms']), float(r['theirs_ms'])
+        expected = {'speed': theirs / ours, 'time': ours / theirs, 'ms': ours}[r['measure']]
+        assert value == pytest.approx(expected, rel=1e-3)
+        if r['aim']:
+            reached = value >= float(r['aim']) if r['measure'] == 'speed' else value <= float(r['aim'])
+            assert r['verdict'] == ('reached' if reached else 'missed')
+    worst = max((r for r in rows if r['part'] == 'auto' and not r['aim']), key=lambda r: float(r['value']))
+    assert worst['value'] in [r['value'] for r in rows if r['what'].startswith('worst')]
+    run(*words, '--parts', 'steps', 'chang', '--results', 'alone')
+    rows = written(run.folder / 'alone', 'laptop')
+    assert len(rows) == 8 and not any(r['verdict'] for r in rows) and 'chang: left out' in run.out
+    file = chang / 'src/transformers/modeling_bert.py'
+    file.write_text(CHANG.replace('i[None] - i[:, None]', 'i[:, None] - i[None]'))
+    with pytest.raises(AssertionError, match='not close'):
+        run(*words, '--parts', 'chang', '--chang', chang)
+    for flag in ('--nanogpt', '--chang'):
+        run(*words, '--parts', 'steps', 'chang', flag, run.folder, code=2)
+        assert f'laptop.py: {flag} ' in run.err and 'is no checkout' in run.err
 
 
 def test_on_gpu(tmp_path):

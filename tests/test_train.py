@@ -130,7 +130,7 @@ def test_validation_does_not_depend_on_the_micro_batch_or_on_dropout(objective):
     runs = [make_run(64, objective=objective, eval_tokens=1000, batch_size=micro) for micro in (1, 4, 7, 15, 15)]
     losses = [script.evaluate(run, model) for run in runs]
     assert max(losses) - min(losses) < 1e-6 and model.training, losses
-    rows = script.val_rows(runs[0], np.arange(15), 15)
+    rows = script.on_device(runs[0], script.val_rows(runs[0], np.arange(15), 15))
     assert abs(losses[0] - script.forward(runs[0], model.eval(), rows).item()) < 1e-5
 
 
@@ -166,6 +166,56 @@ def test_schedule():
     assert [lr[i] for i in (0, 9, 10)] == [0.1, 1.0, 1.0]
     assert abs(lr[60] - 0.55) < 1e-9 and abs(lr[110] - 0.1) < 1e-9 and lr[119] == lr[110]
     assert all(a >= b for a, b in zip(lr[10:], lr[11:]))
+
+
+# -- device and speed -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('able, dtype, chosen', [
+    (dict(avx512_bf16=True, amx_bf16=False), 'auto', 'bfloat16 (--dtype float32 for float32)'),
+    (dict(avx512_bf16=False, amx_bf16=True), 'auto', 'bfloat16 (--dtype float32 for float32)'),
+    (dict(avx512_bf16=False, amx_bf16=False), 'auto', 'float32'),
+    (dict(bf16=True, architecture='arm64'), 'auto', 'float32'),
+    (dict(avx512_bf16=True), 'float32', 'float32'),
+    (dict(), 'bfloat16', 'bfloat16'),
+], ids=str)
+def test_dtype_of_a_cpu(able, dtype, chosen, monkeypatch, capsys):
+    """auto: bfloat16 where the CPU has instructions for it; what is asked for is taken everywhere."""
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: able)
+    found = common.choose_device(script.Settings(device='cpu', dtype=dtype))[1]
+    assert found == (torch.bfloat16 if 'bfloat16' in chosen else torch.float32)
+    assert f' threads), {chosen}, compile off' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('objective', ['causal', 'masked'])
+def test_bfloat16_learns_as_float32_does(train, objective):
+    """The products alone are bfloat16, in training and validation; weights and their checkpoint are float32."""
+    losses = {}
+    for dtype in ('float32', 'bfloat16'):
+        train.train('--model', 'composite', '--objective', objective, '--max_iters', 40, '--warmup_iters', 10,
+                    '--learning_rate', 5e-3, '--eval_interval', 20, '--dtype', dtype, '--out_dir', dtype)
+        losses[dtype] = [float(v) for v, in log(train.folder / dtype, 'val_loss') if v]
+        saved = checkpoint(train.folder / dtype)
+        assert all(x.dtype == torch.float32 for x in tensors(saved['model']) + tensors(saved['optimizer']))
+    for a, b in zip(losses['float32'], losses['bfloat16'], strict=True):
+        assert 0 < abs(a - b) < 0.03, losses
+
+
+@pytest.mark.parametrize('objective', ['causal', 'masked'])
+def test_operations_are_those_of_the_scheme(objective):
+    """By hand for a model without positions; a scheme adds its own products, and chunks make fewer than a matrix."""
+    def count(name, T, **fields):
+        module = common.load_model_file(name)
+        config = module.Config(vocab_size=320, block_size=T, causal=objective == 'causal', **fields)
+        run = make_run(T, objective=objective)
+        run.config = config
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # as products, which torch can count
+            return script.flops_per_token(run, module.Model(config))
+    C, L, T = 128, 4, 256
+    predicted = 1 if objective == 'causal' else round(0.15 * T) / T
+    by_hand = 3 * (L * (2 * 12 * C * C + 2 * 2 * T * C) + predicted * 2 * 320 * C)
+    assert count('nope', T) == pytest.approx(by_hand)
+    assert count('composite', T, attention='dense') == pytest.approx(by_hand + 3 * L * 2 * C * 17)
+    assert count('kernelized', 2048, attention='chunked') < 0.6 * count('nope', 2048)
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------
@@ -216,6 +266,18 @@ def test_accumulation_changes_nothing_but_rounding(train):
         assert equal(checkpoint(a)['model'], checkpoint(b)['model'], 2e-5)
         for x, y in zip(log(a, 'train_loss', 'grad_norm'), log(b, 'train_loss', 'grad_norm'), strict=True):
             assert all(p == q or abs(float(p) / float(q) - 1) < 1e-4 for p, q in zip(x, y)), (x, y)
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='no C++ compiler')
+def test_two_compiled_processes_equal_one(train):
+    """Compiled inside DDP: the same curve, and weights by their own names."""
+    words = '--model nope --n_layer 1 --max_iters 3 --eval_interval 3 --log_interval 1'.split()
+    train.train(*words, '--out_dir', 'one')
+    words += ['--micro_batch_size', 2, '--compile', 'on', '--out_dir', 'two']
+    train.process('torchrun', '--nproc_per_node=2', 'train.py', *train.words, *words)
+    assert 'compile on' in train.out
+    one, two = (checkpoint(train.folder / name)['model'] for name in ('one', 'two'))
+    assert list(one) == list(two) and equal(one, two, 2e-5)
 
 
 @pytest.mark.parametrize('objective', ['causal', 'masked'])
@@ -742,7 +804,8 @@ def test_what_ones_own_scheme_refuses_has_a_place(train, mine):
 @pytest.mark.parametrize('name', MODELS)
 def test_on_a_gpu(train, name):
     for objective in ('causal', 'masked'):
-        train.train('--model', name, '--objective', objective, '--max_iters', 20, '--device', 'cuda')
-        assert 'bfloat16, compile on' in train.out
+        words = ['--device', 'cuda', '--dtype', 'auto']
+        train.train('--model', name, '--objective', objective, '--max_iters', 20, *words)
+        assert 'bfloat16 (--dtype float32 for float32), compile on' in train.out
         losses = [float(v) for v, in log(train.folder / 'out' / f'{name}-{objective}-code', 'val_loss') if v]
         assert losses[-1] < losses[0]

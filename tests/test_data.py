@@ -151,7 +151,7 @@ def test_folders(here, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_folders_are_split_by_their_names(here):
+def test_folders_are_split_by_their_names(here, capsys):
     half = len(TEXT) // 2
     Path('text').mkdir()
     Path('text/wiki.train.raw').write_bytes(TEXT[:half].encode())
@@ -159,6 +159,46 @@ def test_folders_are_split_by_their_names(here):
     Path('text/wiki.test.raw').write_text('never read')
     prepare('text', path='text')
     assert joined('text') == RAW and prepared('text')[0]['train_bytes'] == len(TEXT[:half].encode())
+    assert 'skipped 1 of 3 files, named neither train nor valid: wiki.test.raw\n' in capsys.readouterr().err
+
+
+def pairs():
+    """A tokenizer of bytes, 'th', 'an' and end-of-text, made on the spot: no vocabulary is needed."""
+    tiktoken = pytest.importorskip('tiktoken')
+    ranks = {**{bytes([i]): i for i in range(256)}, b'th': 256, b'an': 257}
+    return tiktoken.Encoding('pairs', pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 258})
+
+
+def test_bytes_are_those_of_the_text_and_not_of_its_tokens(here, monkeypatch):
+    encoding = pairs()
+    monkeypatch.setattr(prepare_data, 'load_tiktoken', {'gpt2': encoding}.get)
+    text = 'the thin man and then an ant ' * 300
+    Path('text.txt').write_text(text)
+    prepare('text', 'gpt2', 'text.txt')
+    meta, ids = prepared('text')
+    assert meta['vocab_size'] == meta['mask_id'] == 259
+    assert [*ids['train'], *ids['val']] == [*encoding.encode(text), 258]
+    for part in ids:
+        words = encoding.decode([i for i in ids[part] if i != 258])
+        assert len(words) == meta[f'{part}_bytes'] > 1.2 * meta[f'{part}_tokens'], meta
+
+
+def test_check_data_reads_all(here, main, refused, monkeypatch, capsys):
+    """Large files are not looked through when they are loaded: the flag does it."""
+    Path('novel.txt').write_bytes(RAW)
+    main('--path', 'novel.txt')
+    main('--path', 'novel.txt', '--check_data')
+    assert f'data/novel: {len(RAW):,} ids, as {here / "novel.txt"} gave them' in capsys.readouterr().out
+    for name in ('SMALL', 'MEDIUM'):
+        monkeypatch.setattr(prepare_data, name, 100)
+    for value, part in ((0, 'has not the checksum'), (256, 'holds the id 256, the vocabulary ends at 255')):
+        ids = np.memmap('data/novel/train.bin', np.uint16, 'r+')
+        ids[3] = value
+        ids.flush()
+        prepare_data.load(Path('data/novel'))
+        line = refused(main, '--dataset', 'novel', '--check_data')
+        assert 'data/novel is damaged' in line and part in line and 'prepare it again' in line
+    assert 'No such file' in refused(main, '--dataset', 'other', '--check_data')
 
 
 def test_bytes_that_are_no_utf8(here, refused):

@@ -200,8 +200,9 @@ def test_refused_checkpoint(main):
     good = torch.load('out/absolute/ckpt_best.pt', weights_only=True)
     damaged = 'is damaged'
     changed = 'does not fit model_nope.py'
+    gone = {**good['settings'], 'model': 'gone'}
     for checkpoint, reason in (({'a': 1}, damaged), ([torch.zeros(3)], damaged),
-                               ({**good, 'settings': {'model': 'gone'}}, 'needs model_gone.py'),
+                               ({**good, 'settings': gone}, 'needs model_gone.py'),
                                ({**good, 'config': {**good['config'], 'n_embd': 64}}, changed),
                                ({**good, 'config': {**good['config'], 'field_of_another_day': 1}}, changed)):
         torch.save(checkpoint, 'bad/ckpt_best.pt')

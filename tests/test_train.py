@@ -152,12 +152,38 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     def fail(error):
         def put(f):
             f.write(b'half')
-            raise error
+            if not isinstance(f, common.Size):
+                raise error
         return put
     for error in (OSError('disk full'), RuntimeError('enforce fail'), KeyboardInterrupt()):
-        with pytest.raises((OSError, KeyboardInterrupt)):
+        with pytest.raises((OSError, KeyboardInterrupt)) as stop:
             common.write(path, fail(error))
         assert path.read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['file']
+        for part in ('file', str(error), 'needs 4 bytes', 'are free'):
+            assert part in str(stop.value) or isinstance(error, KeyboardInterrupt), stop.value
+
+
+def test_a_written_file_takes_its_place_at_once(tmp_path):
+    """By a rename: the file at the path is the very one that was filled beside it, and nobody ever sees half of it."""
+    path = tmp_path / 'file'
+    path.write_bytes(b'old')
+    written = []
+
+    def put(f):
+        f.write(b'new')
+        written.append(os.fstat(f.fileno()).st_ino)
+        assert path.read_bytes() == b'old'
+    common.write(path, put)
+    assert path.read_bytes() == b'new' and os.stat(path).st_ino == written[0]
+
+
+def test_bits_per_byte_are_those_of_the_text():
+    """A uniform guess among all pairs of bytes: each byte costs 8 bits, whatever the tokens are."""
+    run = make_run(64)
+    run.meta = dict(META, val_tokens=1000, val_bytes=2000)
+    loss = math.log(256 ** 2)
+    assert abs(script.bits_per_byte(run, loss) - 8) < 1e-12
+    assert f'{loss:.4f} nats per token, 8.0000 bits per byte, perplexity 65536.00' in script.describe(run, loss)
 
 
 def test_schedule():
@@ -369,11 +395,21 @@ def test_full_disk_leaves_the_old_checkpoint(train, monkeypatch):
         assert found['step'] == 2 and equal(found, old)
         assert {path.name for path in (train.folder / 'x').iterdir()} == set(common.FILES)
 
-    def save(*_):
-        raise RuntimeError('unexpected pos 64 vs 0')  # what torch.save says of a full disk
+    def save(values, f):
+        f.write(bytes(12345))
+        if not isinstance(f, common.Size):
+            raise RuntimeError('unexpected pos 64 vs 0')  # what torch.save says of a full disk
     monkeypatch.setattr(torch, 'save', save)
     train('train.py', '--resume', '--out_dir', 'x', '--max_iters', 4, code=1)
-    one_line(train.err, 'ckpt_last.pt could not be written')
+    one_line(train.err, 'ckpt_last.pt could not be written', '12,345 bytes', 'are free')
+
+
+def test_the_size_of_a_checkpoint_that_does_not_fit_is_that_of_the_file(train):
+    train.train('--model', 'nope', '--max_iters', 1, '--out_dir', 'x')
+    path = train.folder / 'x/ckpt_last.pt'
+    needed = common.Size()
+    torch.save(checkpoint(train.folder / 'x'), needed)
+    assert abs(needed.size / path.stat().st_size - 1) < 0.01
 
 
 def test_second_signal_exits_at_once(monkeypatch):
@@ -446,6 +482,20 @@ def test_a_torn_log_is_cut_to_whole_rows(train):
     after = path.read_bytes()
     assert after.startswith(rows[:rows.rindex(b'20,')]) and b'20,5.1' not in after.splitlines() and b'\n\n' not in after
     assert [row.split(b',')[0] for row in after.splitlines()[-2:]] == [b'30', b'30']
+
+
+def test_a_resume_that_dies_keeps_the_row_of_the_last_validation(train, failing_validation, monkeypatch):
+    """Until it has validated again; then the new row stands in its place."""
+    train.train('--model', 'nope', '--max_iters', 4, '--out_dir', 'x', '--log_interval', 2)
+    path = train.folder / 'x/log.csv'
+    before = path.read_bytes()
+    with monkeypatch.context():
+        failing_validation(1)
+        train('train.py', '--resume', '--out_dir', 'x', '--max_iters', 6, code=1)
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    train('train.py', '--resume', '--out_dir', 'x', '--max_iters', 6)
+    assert [step for step, loss in log(train.folder / 'x', 'step', 'val_loss') if loss] == ['0', '4', '6']
 
 
 def test_several_runs_at_once_take_folders_of_their_own(train):
@@ -700,18 +750,26 @@ def test_refused_checkpoint(train):
     one_line(train.err, 'does not fit model_nope.py')
 
 
-@pytest.mark.parametrize('damage', ['train.bin', 'val.bin', 'meta.json', 'half'])
-def test_refused_data(train, damage):
+@pytest.mark.parametrize('damage, part', {
+    'train.bin': 'No such file', 'val.bin': 'No such file', 'meta.json': 'needs tokenizer', 'half': 'train.bin has',
+    'id': 'val.bin holds the id 256, the vocabulary ends at 255', 'checksum': 'train.bin has not the checksum',
+}.items())
+def test_refused_data(train, damage, part):
     folder = train.folder / 'data/code'
     shutil.copytree(train.words[1] / 'code', folder)
     if damage == 'half':
         (folder / 'train.bin').write_bytes((folder / 'train.bin').read_bytes()[:-1000])
     elif damage == 'meta.json':
         (folder / 'meta.json').write_text('{}')
+    elif damage in ('id', 'checksum'):
+        name, place, value = ('val', -7, 256) if damage == 'id' else ('train', 0, 0)
+        ids = np.memmap(folder / f'{name}.bin', np.uint16, 'r+')
+        ids[place] = value
+        ids.flush()
     else:
         (folder / damage).unlink()
     train.train('--data_dir', 'data', '--max_iters', 1, code=2)
-    one_line(train.err, 'data/code is damaged', 'prepare it again')
+    one_line(train.err, 'data/code is damaged', 'prepare it again', part)
 
 
 @pytest.mark.parametrize('field, part', [

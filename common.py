@@ -105,6 +105,11 @@ def load_checkpoint(path):
         for name in ('model', 'objective'):
             if not isinstance(checkpoint['settings'].get(name), str):
                 raise ValueError(f'its settings need {name}, of type str')
+        for name, value in {**checkpoint['settings'], **checkpoint['config']}.items():
+            if not isinstance(name, str) or not isinstance(value, (bool, int, float, str)):
+                raise ValueError(f'its setting {name} is no plain value')
+        if not all(isinstance(loss, float) for loss in checkpoint['window']):
+            raise ValueError('its window must hold floats')
         prepare_data.check_meta(checkpoint['meta'])
         return checkpoint
     except Exception as e:  # zip, pickle and torch have many errors for damaged files
@@ -351,7 +356,7 @@ def load_model_file(name):
     """Import model_<name>.py, which stands beside train.py or in baselines/."""
     here = Path(__file__).resolve().parent
     for folder in (here, here / 'baselines'):
-        if (folder / f'model_{name}.py').is_file():
+        if re.fullmatch(r'\w+', str(name)) and (folder / f'model_{name}.py').is_file():
             sys.path.insert(0, str(folder))
             return importlib.import_module(f'model_{name}')
     found = sorted(here.glob('model_*.py')) + sorted(here.glob('baselines/model_*.py'))

@@ -370,13 +370,15 @@ def check_meta(meta):
     kinds = dict(tokenizer=str, dtype=str, source=str, sha256=dict, **dict.fromkeys(counts, int))
     for name, kind in kinds.items():
         if not isinstance(meta, dict) or type(meta.get(name)) is not kind:
-            raise ValueError(f'meta.json needs {name}, of type {kind.__name__}')
+            raise ValueError(f'it needs {name}, of type {kind.__name__}')
     if meta['dtype'] not in ('uint16', 'uint32'):
         raise ValueError(f'dtype must be uint16 or uint32, not {meta["dtype"]}')
     if not 0 < meta['vocab_size'] <= meta['mask_id'] < 2 ** 24:
         raise ValueError('vocab_size must be positive, and mask_id from there to 2^24')
     if min(meta[name] for name in counts) <= 0:
         raise ValueError(f'{", ".join(counts)} must be positive')
+    if not all(isinstance(digest, str) for digest in meta['sha256'].values()):
+        raise ValueError('sha256 must hold strings')
 
 
 def load(folder, check_data=False):
@@ -385,22 +387,22 @@ def load(folder, check_data=False):
     The ids are compared with the vocabulary in files up to MEDIUM, the checksum in files up to SMALL; or in all files.
     """
     ids = {}
+    name = 'meta.json'
     try:
         meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
         check_meta(meta)
         for part in ('train', 'val'):
-            path = folder / f'{part}.bin'
-            ids[part] = np.memmap(path, dtype=meta['dtype'], mode='r')
+            name = f'{part}.bin'
+            ids[part] = np.memmap(folder / name, dtype=meta['dtype'], mode='r')
             size = ids[part].nbytes
             if len(ids[part]) != meta[f'{part}_tokens']:
-                raise ValueError(f'{path.name} has {len(ids[part])} ids, not {meta[f"{part}_tokens"]}')
+                raise ValueError(f'it has {len(ids[part])} ids, not {meta[f"{part}_tokens"]}')
             if (check_data or size <= MEDIUM) and ids[part].max() >= meta['vocab_size']:
-                raise ValueError(f'{path.name} holds the id {ids[part].max()}, the vocabulary ends at '
-                                 f'{meta["vocab_size"] - 1}')
-            if (check_data or size <= SMALL) and sha256(path) != meta['sha256'].get(part):
-                raise ValueError(f'{path.name} has not the checksum in meta.json')
+                raise ValueError(f'it holds the id {ids[part].max()}, the vocabulary ends at {meta["vocab_size"] - 1}')
+            if (check_data or size <= SMALL) and sha256(folder / name) != meta['sha256'].get(part):
+                raise ValueError('its checksum is not the one in meta.json')
     except (OSError, ValueError, RecursionError) as e:
-        die(f'{folder} is damaged ({type(e).__name__} {e}): delete it and prepare it again')
+        die(f'{folder} is damaged ({name}: {type(e).__name__} {e}): delete it and prepare it again')
     return meta, ids['train'], ids['val']
 
 

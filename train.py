@@ -303,6 +303,7 @@ def save(run, progress, model, optimizer, name):
 
 def main():
     common.exit_on_signals()
+    sys.stdout.reconfigure(errors='backslashreplace')  # a name of a file need not be text
     settings, module, config, flags = resolve(sys.argv[1:])
     device, dtype, compiled = common.choose_device(settings)
     peers = common.join_processes(device)
@@ -381,6 +382,8 @@ def check(flags):
     limits.update(dict.fromkeys(from_1, (1, 2 ** 31)))
     limits.update(mask_prob=(0.001, 1), dropout=(0, 0.9999), beta1=(0, 0.9999), beta2=(0, 0.9999))
     for name, value in vars(flags).items():
+        if '\0' in str(value):
+            die(f'--{name} must not hold the character NUL')
         low, high = limits.get(name, (-2 ** 31, 2 ** 31))
         if isinstance(value, (int, float)) and not low <= value <= high:
             die(f'--{name} must be from {low} to {high}, not {value}')
@@ -443,7 +446,10 @@ def restore(run, checkpoint, model, optimizer):
             old.update(new, params=old['params'])  # this run's betas, weight decay and device, not the checkpoint's
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        for p, state in optimizer.state.items():
+            if not state['step'].numel() == 1 or not state['exp_avg'].shape == state['exp_avg_sq'].shape == p.shape:
+                raise ValueError('its optimizer has other shapes')
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
         die(f'the checkpoint in {run.out} does not fit model_{run.settings.model}.py as it is now: {one_line(e)}')
     return Progress(checkpoint['step'], checkpoint['best'], checkpoint['window'])
 

@@ -6,8 +6,8 @@ Kill it, again and again: what is lost? And what if the run goes on with other p
     python experiments/soak.py --other_python OTHER/bin/python     # goes on under that Python's torch too, and back
 
 Each kill is a SIGKILL: of prepare_data.py, or of train.py at a random moment of its training, in a validation or in the
-write of a checkpoint; of one process alone, or under torchrun of one of two or of the launcher and both. After each, every
-file that is there must be whole. At the end, weights and log must be those of runs that nobody killed. Needs a POSIX system.
+write of a checkpoint; of one process, or under torchrun of one of two or of all at once. After each, every file that is there
+must be whole. At the end, weights and log must be those of runs that nobody killed. Needs a POSIX system.
 """
 import argparse
 import csv
@@ -92,7 +92,8 @@ def kill_preparation(folder, kills, dice):
     began = time.time()
     finish([*words, folder / 'unbroken'])
     length = time.time() - began
-    done, broken = 0, 0
+    done = 0
+    broken = 0
     for _ in range(kills):
         shutil.rmtree(folder / 'data' / 'text', ignore_errors=True)
         process = launch([*words, folder / 'data'])
@@ -127,10 +128,11 @@ def one_life(folder, out, words, processes, moment, dice):
 
 
 def kill_training(folder, kills, processes, dice):
-    """-> rows of (what, processes, kills, checkpoints that went back, most steps done twice), and whether all is equal."""
+    """-> rows of (what, processes, kills, checkpoints that went back, largest difference from an unbroken run)."""
     steps = 40 + 20 * kills
     words = ['train.py', *MODEL, *SCHEDULE, '--data_dir', folder / 'data', '--dataset', 'text', '--max_iters', steps]
-    unbroken, out = folder / f'unbroken-{processes}', folder / f'killed-{processes}'
+    unbroken = folder / f'unbroken-{processes}'
+    out = folder / f'killed-{processes}'
     finish([*words, '--out_dir', unbroken], processes)
     count = dict.fromkeys(('any moment', 'validation', 'checkpoint write'), 0)
     backwards = 0
@@ -161,10 +163,15 @@ def changes(folder, other):
     """Stop halfway, go on in another way -> rows of (change, largest difference from the run that never stopped)."""
     words = ['train.py', *MODEL, *SCHEDULE, '--data_dir', folder / 'data', '--dataset', 'text', '--max_iters', 200]
     ours = sys.executable
-    ways = {'nothing': (1, ours, 1, ours), '1 process, then 2': (1, ours, 2, ours), '2 processes, then 1': (2, ours, 1, ours),
-            'micro_batch_size 8, then 2': (1, ours, 1, ours)}
+    ways = {  # processes and Python of the first half, of the second half
+        'nothing': (1, ours, 1, ours),
+        '1 process, then 2': (1, ours, 2, ours),
+        '2 processes, then 1': (2, ours, 1, ours),
+        'micro_batch_size 8, then 2': (1, ours, 1, ours),
+    }
     if other:
-        ways.update({'this torch, then the other': (1, ours, 1, other), 'the other torch, then this': (1, other, 1, ours)})
+        ways['this torch, then the other'] = (1, ours, 1, other)
+        ways['the other torch, then this'] = (1, other, 1, ours)
     whole = folder / 'whole'
     finish([*words, '--out_dir', whole])
     rows = []

@@ -19,6 +19,9 @@ import train as script
 from conftest import BASELINES, MODELS, REPO
 
 
+posix = pytest.mark.skipif(os.name == 'nt', reason='Windows has no signals between processes')
+
+
 def log(folder, *columns):
     with open(folder / 'log.csv', newline='') as f:
         return [tuple(r[c] for c in columns) for r in csv.DictReader(f)]
@@ -60,6 +63,11 @@ DATA = np.random.default_rng(0).integers(256, size=5000).astype(np.uint16)
 def make_run(T, data=DATA, **settings):
     """What train.py's functions are given, with rows of T tokens and without a model file."""
     return script.Run(script.Settings(**settings), SimpleNamespace(block_size=T), META, data, data)
+
+
+def test_causal_targets_are_the_next_tokens():
+    idx, targets, where = script.train_rows(make_run(40, np.arange(5000, dtype=np.uint16)), 3, range(6))
+    assert (targets == idx + 1).all() and (np.diff(idx) == 1).all() and where is None
 
 
 @pytest.mark.parametrize('objective', ['causal', 'masked'])
@@ -233,6 +241,21 @@ def test_gradients_are_clipped(train):
     assert abs(fall['clipped']) < 0.01 < 0.5 < fall['free'], fall
 
 
+def test_another_micro_batch_goes_on_with_the_same_curve(train, monkeypatch):
+    """Stopped halfway and resumed in smaller parts: weights up to rounding. Other processes: experiments/soak.py."""
+    words = ['--model', 'composite', '--max_iters', 8, '--log_interval', 1]
+    train.train(*words, '--out_dir', 'whole')
+    with monkeypatch.context() as patch:
+        patch.setattr(common, 'any_process', lambda flag, peers: flag or stops[-1]())
+        steps = iter([False] * 8 + [True] * 2)
+        stops = [lambda: next(steps)]
+        train.train(*words, '--out_dir', 'parts', code=143)
+    stopped = checkpoint(train.folder / 'parts')['step']
+    train('train.py', '--resume', '--out_dir', 'parts', '--micro_batch_size', 2)
+    whole, parts = [checkpoint(train.folder / name)['model'] for name in ('whole', 'parts')]
+    assert 0 < stopped < 8 and equal(whole, parts, 2e-5) and not equal(whole, parts)
+
+
 def test_accumulation_changes_nothing_but_rounding(train):
     for objective in ('causal', 'masked'):
         for n, micro in enumerate((8, 2)):
@@ -293,6 +316,7 @@ def test_killed_and_resumed_is_bit_for_bit_unbroken(train):
     assert not list((train.folder / 'broken').glob('*.tmp'))
 
 
+@posix
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_says_how_to_go_on(train, number):
     process = train.start_train('--model', 'nope', '--max_iters', 100000)
@@ -307,6 +331,48 @@ def test_signal_saves_and_says_how_to_go_on(train, number):
     assert checkpoint(train.folder / 'out/nope-causal-code')['step'] == step + 3
 
 
+@pytest.fixture
+def sigterm():
+    """A function that sends SIGTERM to this process, once."""
+    left = [signal.SIGTERM]
+
+    def send(*_, **__):
+        if left:
+            signal.raise_signal(left.pop())
+    return send
+
+
+def test_sigterm_while_data_is_prepared(train, monkeypatch, sigterm):
+    """Exit 143, and nothing half-made."""
+    monkeypatch.setattr(prepare_data, 'sha256', sigterm)  # all is written but meta.json
+    train('train.py', '--model', 'nope', '--dataset', 'python', '--device', 'cpu', code=143)
+    assert not list((train.folder / 'data').iterdir()) and not (train.folder / 'out').exists()
+
+
+def test_sigterm_while_the_first_step_is_compiled(train, monkeypatch, sigterm):
+    """The step is finished and saved."""
+    monkeypatch.setattr(common, 'compile_lacks', lambda *_: None)
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda model, **_: model.register_forward_pre_hook(sigterm))
+    train.train('--model', 'nope', '--max_iters', 50, '--compile', 'on', '--out_dir', 'x', code=143)
+    assert 'To go on' in train.out and checkpoint(train.folder / 'x')['step'] == 1
+
+
+def test_sigterm_while_the_picture_is_drawn(train, monkeypatch, sigterm):
+    """All but the picture is there, nothing half of it; --resume draws it."""
+    figure = pytest.importorskip('matplotlib.figure')
+    with monkeypatch.context() as patch:
+        def savefig(self, f, **_):
+            f.write(b'half')
+            sigterm()
+        patch.setattr(figure.Figure, 'savefig', savefig)
+        train.train('--model', 'nope', '--max_iters', 2, '--out_dir', 'x', code=143)
+    files = set(common.FILES)
+    assert {path.name for path in (train.folder / 'x').iterdir()} == files - {'loss.png'}
+    train('train.py', '--resume', '--out_dir', 'x')
+    assert {path.name for path in (train.folder / 'x').iterdir()} == files and not train.err
+
+
+@posix
 def test_signal_stops_all_processes(train):
     words = [*train.words, '--model', 'nope', '--max_iters', 100000, '--out_dir', 'x']
     process = train.start('torchrun', '--nproc_per_node=2', 'train.py', *words)
@@ -316,6 +382,7 @@ def test_signal_stops_all_processes(train):
     assert 'To go on' in out and checkpoint(train.folder / 'x')['step'] >= 10
 
 
+@posix
 def test_restart_by_torchrun(train):
     """A worker that dies is started again by torchrun --max-restarts and goes on from the checkpoint."""
     words = '--model nope --max_iters 300 --eval_interval 100 --checkpoint_interval 10 --resume --out_dir x'.split()
@@ -751,8 +818,9 @@ def test_refused_checkpoint(train):
 
 
 @pytest.mark.parametrize('damage, part', {
-    'train.bin': 'No such file', 'val.bin': 'No such file', 'meta.json': 'needs tokenizer', 'half': 'train.bin has',
-    'id': 'val.bin holds the id 256, the vocabulary ends at 255', 'checksum': 'train.bin has not the checksum',
+    'train.bin': 'No such file', 'val.bin': 'No such file', 'meta.json': 'needs tokenizer', 'half': 'train.bin: ValueError it has',
+    'id': 'val.bin: ValueError it holds the id 256, the vocabulary ends at 255',
+    'checksum': 'train.bin: ValueError its checksum is not the one',
 }.items())
 def test_refused_data(train, damage, part):
     folder = train.folder / 'data/code'

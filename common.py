@@ -9,10 +9,10 @@ import dataclasses
 import datetime
 import importlib
 import inspect
+import io
 import itertools
 import json
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -63,6 +63,15 @@ FILES = ('config.json', 'log.csv', 'loss.png', 'ckpt_last.pt', 'ckpt_best.pt')
 COLUMNS = ('step', 'train_loss', 'val_loss', 'bits_per_byte', 'lr', 'grad_norm', 'ms', 'tokens_per_s')
 
 
+class Size(io.RawIOBase):
+    """A file that only counts the bytes written to it."""
+    size = 0
+
+    def write(self, data):
+        self.size += len(data)
+        return len(data)
+
+
 def write(path, put):
     """put(file), written beside, flushed, renamed: a kill or a full disk leaves the old file or the new one, whole."""
     beside = path.with_name(path.name + '.tmp')
@@ -72,18 +81,38 @@ def write(path, put):
             f.flush()
             os.fsync(f.fileno())
         os.replace(beside, path)
-    except RuntimeError as e:  # torch.save raises it when the disk is full
-        raise OSError(f'{path} could not be written: {str(e).splitlines()[0]}') from e
+    except (OSError, RuntimeError) as e:  # torch.save raises a RuntimeError when the disk is full
+        beside.unlink(missing_ok=True)
+        needed = Size()
+        put(needed)  # an error that the disk has no part in is raised again
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f'{path} could not be written ({one_line(e)}): it needs {needed.size:,} bytes beside the old '
+                      f'file, and {free:,} are free') from e
     finally:
         beside.unlink(missing_ok=True)
 
 
+PARTS = dict(step=int, best=float, window=list, config=dict, settings=dict, meta=dict, model=dict, optimizer=dict)
+
+
 def load_checkpoint(path):
+    """-> what train.py's save() wrote. Anything else is refused."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        assert {'model', 'optimizer', 'config', 'settings', 'step'} <= set(checkpoint)
+        for name, kind in PARTS.items():
+            if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), kind):
+                raise ValueError(f'it needs {name}, of type {kind.__name__}')
+        for name in ('model', 'objective'):
+            if not isinstance(checkpoint['settings'].get(name), str):
+                raise ValueError(f'its settings need {name}, of type str')
+        for name, value in {**checkpoint['settings'], **checkpoint['config']}.items():
+            if not isinstance(name, str) or not isinstance(value, (bool, int, float, str)):
+                raise ValueError(f'its setting {name} is no plain value')
+        if not all(isinstance(loss, float) for loss in checkpoint['window']):
+            raise ValueError('its window must hold floats')
+        prepare_data.check_meta(checkpoint['meta'])
         return checkpoint
-    except (RuntimeError, EOFError, OSError, TypeError, AssertionError, pickle.UnpicklingError) as e:
+    except Exception as e:  # zip, pickle and torch have many errors for damaged files
         die(f'{path} is damaged, or no checkpoint of train.py: {type(e).__name__} {one_line(e)}')
 
 
@@ -129,28 +158,33 @@ def open_run(settings, flags, peers):
 
 
 def start_log(run, step):
-    """Write the header, or cut log.csv back to the rows before the checkpoint of `step`.
+    """Write the header, or cut log.csv back to the rows up to the checkpoint of `step`.
 
-    True: a validation of this very step was logged. Its row is removed, because it is made again.
+    True: the last row is a validation of this very step. It is made again, and then log(again=True) replaces the row.
     """
     path, rows, again = run.out / 'log.csv', [], False
     if RANK == 0:
         if step and path.exists():
             rows = re.findall(rb'^\d+,.*\n', path.read_bytes(), re.M)  # whole rows: a full disk may cut the last one
             rows = [row for row in rows if int(row.split(b',')[0]) <= step]
-        if rows and rows[-1].startswith(b'%d,,' % step):  # no train_loss: a validation
-            rows.pop()
-            again = True
+        again = bool(rows) and rows[-1].startswith(b'%d,,' % step)  # no train_loss: a validation
         header = ','.join(COLUMNS).encode() + b'\r\n'
         write(path, lambda f: f.writelines([header, *rows]))
     return any_process(again, run.peers)
 
 
-def log(run, **row):
-    if RANK == 0:
-        row = {name: f'{value:.6g}' if isinstance(value, float) else value for name, value in row.items()}
-        with open(run.out / 'log.csv', 'a', newline='', encoding='utf-8') as f:
-            csv.DictWriter(f, COLUMNS).writerow(row)
+def log(run, again=False, **row):
+    """Add a row to log.csv, or put it in the place of the last one."""
+    if RANK:
+        return
+    path = run.out / 'log.csv'
+    row = {name: f'{value:.6g}' if isinstance(value, float) else value for name, value in row.items()}
+    line = f'{",".join(str(row.get(name, "")) for name in COLUMNS)}\r\n'.encode()
+    if again:
+        rows = path.read_bytes().splitlines(keepends=True)
+        return write(path, lambda f: f.writelines([*rows[:-1], line]))
+    with open(path, 'ab') as f:
+        f.write(line)
 
 
 def plot(out):
@@ -171,7 +205,7 @@ def plot(out):
     ax.set(xlabel='step', ylabel='loss (nats per token)', title=out.name)
     ax.grid(alpha=0.3)
     ax.legend()
-    fig.savefig(out / 'loss.png', dpi=120, bbox_inches='tight')
+    write(out / 'loss.png', lambda f: fig.savefig(f, format='png', dpi=120, bbox_inches='tight'))
     plt.close(fig)
 
 
@@ -209,6 +243,15 @@ def any_process(flag, peers):
     flag = torch.tensor(float(flag))
     dist.all_reduce(flag, dist.ReduceOp.MAX, group=peers)
     return flag.item() > 0
+
+
+def exit_on_signals():
+    """SIGINT and SIGTERM end the process at once, and on the way out what is half-made is removed.
+
+    Process 0 makes things. The others may wait in a library that no handler can interrupt: there SIGTERM just kills.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, (lambda *_: sys.exit(128 + signal.SIGTERM)) if RANK == 0 else signal.SIG_DFL)
 
 
 def catch_signals():
@@ -329,7 +372,7 @@ def load_model_file(name):
     """Import model_<name>.py, which stands beside train.py or in baselines/."""
     here = Path(__file__).resolve().parent
     for folder in (here, here / 'baselines'):
-        if (folder / f'model_{name}.py').is_file():
+        if re.fullmatch(r'\w+', str(name)) and (folder / f'model_{name}.py').is_file():
             sys.path.insert(0, str(folder))
             return importlib.import_module(f'model_{name}')
     found = sorted(here.glob('model_*.py')) + sorted(here.glob('baselines/model_*.py'))
@@ -339,7 +382,7 @@ def load_model_file(name):
 def read_config(path):
     try:
         values = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         die(f'--config {path} cannot be read: {e}')
     return values if isinstance(values, dict) else die(f'--config {path} must hold a JSON object of settings')
 

@@ -29,6 +29,8 @@ from pathlib import Path
 import numpy as np
 
 PIECE = 2 ** 18  # characters; larger pieces do not fit into the processor's cache
+SMALL = 2 ** 26  # bytes of a file whose checksum load() compares: 2 ms a MB
+MEDIUM = 2 ** 30  # bytes of a file whose ids load() looks through: 0.1 ms a MB
 SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 # fetched through `datasets`: where, arguments, validation split or None, whether each row is a document, tokenizer
 CORPORA = {
@@ -123,20 +125,27 @@ def find_files(path):
     skipped = [p.name for p in files if not KNOWN_TYPE.search(p.name)]
     if not known:
         die(f'--path {path} is no file and no folder with files of a known type: {TEXT} (also .gz .xz) jsonl parquet')
-    if skipped:
-        names = ', '.join(skipped if len(skipped) <= 5 else [*skipped[:5], '...'])
-        print(f'skipped {len(skipped)} of {len(files)} files, of unknown type: {names}', file=sys.stderr)
+    say_skipped(skipped, files, 'of unknown type')
     return known
+
+
+def say_skipped(names, files, why):
+    if names:
+        shown = ', '.join(names if len(names) <= 5 else [*names[:5], '...'])
+        print(f'skipped {len(names)} of {len(files)} files, {why}: {shown}', file=sys.stderr)
 
 
 def split_by_name(files):
     """-> {'train': files, 'val': files} if names such as a.train.raw and a.valid.raw say so, else {'train': files}."""
     parts = {'train': [], 'val': []}
+    others = []
     for file in files:
         words = re.findall(r'(?:^|[._-])(train|val|dev)(?:id|idation)?(?=[._-])', file.name)
-        if words:
-            parts['train' if words[-1] == 'train' else 'val'].append(file)
-    return parts if parts['train'] and parts['val'] else {'train': files}
+        (parts['train' if words[-1] == 'train' else 'val'] if words else others).append(file)
+    if not (parts['train'] and parts['val']):
+        return {'train': files}
+    say_skipped([file.name for file in others], files, 'named neither train nor valid')
+    return parts
 
 
 def open_sources(dataset, path, tokenizer):
@@ -314,7 +323,7 @@ def write_all(folder, sources, origin, tokenizer):
     """Write train.bin, val.bin and meta.json into the folder -> what meta.json holds."""
     encode, lengths = load_tokenizer(tokenizer)
     vocab_size = len(lengths)
-    dtype = np.dtype('uint16' if vocab_size < 65535 else 'uint32')
+    dtype = np.dtype('uint16')  # holds the ids of both tokenizers
     counts = {part: write_ids(folder / f'{part}.bin', text, encode, lengths, dtype) for part, text in sources.items()}
     if 'val' not in counts:
         counts = cut_validation(folder, *counts['train'], lengths, dtype)
@@ -333,7 +342,7 @@ def keep_or_refuse(folder, origin, tokenizer):
     try:
         meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
         found = f'{meta["source"]} (tokenizer {meta["tokenizer"]})'
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         die(f'{folder} is damaged ({type(e).__name__} {e}): add --overwrite to prepare it again')
     wanted = f'{origin} (tokenizer {tokenizer})'
     if found != wanted:
@@ -355,17 +364,46 @@ def remove_leftovers(folder):
             pass  # it is there, and another user's
 
 
-def load(folder):
-    """What prepare() made -> meta.json as a dict, train and validation ids as memory maps. Refuses what is damaged."""
+def check_meta(meta):
+    """Raise ValueError unless `meta` can be what write_all() put into meta.json."""
+    counts = ('vocab_size', 'mask_id', 'train_tokens', 'train_bytes', 'val_tokens', 'val_bytes')
+    kinds = dict(tokenizer=str, dtype=str, source=str, sha256=dict, **dict.fromkeys(counts, int))
+    for name, kind in kinds.items():
+        if not isinstance(meta, dict) or type(meta.get(name)) is not kind:
+            raise ValueError(f'it needs {name}, of type {kind.__name__}')
+    if meta['dtype'] not in ('uint16', 'uint32'):
+        raise ValueError(f'dtype must be uint16 or uint32, not {meta["dtype"]}')
+    if not 0 < meta['vocab_size'] <= meta['mask_id'] < 2 ** 24:
+        raise ValueError('vocab_size must be positive, and mask_id from there to 2^24')
+    if min(meta[name] for name in counts) <= 0:
+        raise ValueError(f'{", ".join(counts)} must be positive')
+    if not all(isinstance(digest, str) for digest in meta['sha256'].values()):
+        raise ValueError('sha256 must hold strings')
+
+
+def load(folder, check_data=False):
+    """What prepare() made -> meta.json as a dict, train and validation ids as memory maps. Refuses what is damaged.
+
+    The ids are compared with the vocabulary in files up to MEDIUM, the checksum in files up to SMALL; or in all files.
+    """
+    ids = {}
+    name = 'meta.json'
     try:
         meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-        train = np.memmap(folder / 'train.bin', dtype=meta['dtype'], mode='r')
-        val = np.memmap(folder / 'val.bin', dtype=meta['dtype'], mode='r')
-        assert meta['mask_id'] >= meta['vocab_size'] and meta['train_bytes'] and meta['val_bytes']
-        assert len(train) == meta['train_tokens'] and len(val) == meta['val_tokens']
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
-        die(f'{folder} is damaged ({type(e).__name__} {e}): delete it and prepare it again')
-    return meta, train, val
+        check_meta(meta)
+        for part in ('train', 'val'):
+            name = f'{part}.bin'
+            ids[part] = np.memmap(folder / name, dtype=meta['dtype'], mode='r')
+            size = ids[part].nbytes
+            if len(ids[part]) != meta[f'{part}_tokens']:
+                raise ValueError(f'it has {len(ids[part])} ids, not {meta[f"{part}_tokens"]}')
+            if (check_data or size <= MEDIUM) and ids[part].max() >= meta['vocab_size']:
+                raise ValueError(f'it holds the id {ids[part].max()}, the vocabulary ends at {meta["vocab_size"] - 1}')
+            if (check_data or size <= SMALL) and sha256(folder / name) != meta['sha256'].get(part):
+                raise ValueError('its checksum is not the one in meta.json')
+    except (OSError, ValueError, RecursionError) as e:
+        die(f'{folder} is damaged ({name}: {type(e).__name__} {e}): delete it and prepare it again')
+    return meta, ids['train'], ids['val']
 
 
 def main():
@@ -377,12 +415,17 @@ def main():
     parser.add_argument('--path', help='a file (.txt .gz .xz .jsonl .parquet) or a folder, instead of a download')
     parser.add_argument('--data_dir', default='data', help='where the data sets are (default data)')
     parser.add_argument('--overwrite', action='store_true', help='replace a data set of that name')
+    parser.add_argument('--check_data', action='store_true', help='only compare all of its ids with the vocabulary, and '
+                        'its checksums with meta.json; train.py does so by itself up to 1 GiB and 64 MiB a file')
     args = parser.parse_args()
     if args.path == '':
         die('--path must not be empty')
-    name_of_path = Path(args.path).resolve().name.split('.')[0] if args.path else 'python'
+    name = args.dataset or (Path(args.path).resolve().name.split('.')[0] if args.path else 'python')
     try:
-        prepare(args.dataset or name_of_path, args.tokenizer, args.path, args.data_dir, args.overwrite)
+        if args.check_data:
+            meta, train, val = load(Path(args.data_dir, name), check_data=True)
+            return print(f'{Path(args.data_dir, name)}: {len(train) + len(val):,} ids, as {meta["source"]} gave them')
+        prepare(name, args.tokenizer, args.path, args.data_dir, args.overwrite)
     except OSError as e:
         die(e)
 

@@ -43,7 +43,8 @@ def load_run(out_dir=None, which=None, device='cpu'):
         module = load_model_file(name)
         model = module.Model(module.Config(**checkpoint['config'])).to(device).eval()
         model.load_state_dict(checkpoint['model'])
-    except (ImportError, TypeError, RuntimeError, ValueError, AttributeError, SyntaxError) as e:  # changed since
+    except (ImportError, TypeError, RuntimeError, ValueError, AttributeError, SyntaxError, LookupError,
+            ArithmeticError) as e:  # changed since
         die(f'{path} does not fit model_{name}.py as it is now: {one_line(e)}')
     print(f'{path}: step {checkpoint["step"]}, best validation loss so far {checkpoint["best"]:.4f}', file=sys.stderr)
     return model, checkpoint

@@ -242,7 +242,7 @@ def training_loop(run, model, ddp, optimizer, progress, validate_first):
             say(f'stopped after step {step}, saved. To go on: {launcher} train.py --resume --out_dir {run.out}')
             sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
         if validation_due:
-            validate(run, progress, model, optimizer)
+            validate(run, progress, model, optimizer, again=validate_first and step == first)
             last_line = step, time.time()  # validation is not part of the time per step
         if done:
             return
@@ -276,13 +276,13 @@ def fetch_losses(run, progress, pending):
     return norm
 
 
-def validate(run, progress, model, optimizer):
-    """Print and log the validation loss; save the checkpoint if it is the best so far."""
+def validate(run, progress, model, optimizer, again=False):
+    """Print and log the validation loss; save the checkpoint if it is the best so far. again: it has a row already."""
     step, end = progress.step, run.settings.max_iters
     loss = evaluate(run, model)
     best = loss < progress.best and (step > 0 or end == 0)  # an untrained model is not the best
     say(f'step {step:5d}/{end}  val loss {describe(run, loss)}{"  (best)" if best else ""}')
-    log(run, step=step, val_loss=loss, bits_per_byte=bits_per_byte(run, loss))
+    log(run, again, step=step, val_loss=loss, bits_per_byte=bits_per_byte(run, loss))
     if best:
         progress.best = loss
         save(run, progress, model, optimizer, 'ckpt_best.pt')
@@ -318,6 +318,8 @@ def save(run, progress, model, optimizer, name):
 # a run from start to end
 
 def main():
+    common.exit_on_signals()
+    sys.stdout.reconfigure(errors='backslashreplace')  # a name of a file need not be text
     settings, module, config, flags = resolve(sys.argv[1:])
     device, dtype, compiled = common.choose_device(settings)
     peers = common.join_processes(device)
@@ -333,6 +335,7 @@ def main():
         validate_first = common.start_log(run, progress.step)
         introduce(run, model, module)
         training_loop(run, model, ddp, optimizer, progress, validate_first)
+        common.exit_on_signals()
         common.plot(run.out)
         conclude(run, progress, new_instead_of_resumed=flags.resume and not checkpoint)
     if WORLD > 1:
@@ -395,6 +398,8 @@ def check(flags):
     limits.update(dict.fromkeys(from_1, (1, 2 ** 31)))
     limits.update(mask_prob=(0.001, 1), dropout=(0, 0.9999), beta1=(0, 0.9999), beta2=(0, 0.9999))
     for name, value in vars(flags).items():
+        if '\0' in str(value):
+            die(f'--{name} must not hold the character NUL')
         low, high = limits.get(name, (-2 ** 31, 2 ** 31))
         if isinstance(value, (int, float)) and not low <= value <= high:
             die(f'--{name} must be from {low} to {high}, not {value}')
@@ -452,12 +457,15 @@ def restore(run, checkpoint, model, optimizer):
             say(f'changed on resume: {name} {old} -> {getattr(run.settings, name, None)}')
     if checkpoint['meta']['sha256'] != run.meta['sha256']:
         say(f'changed on resume: the tokens of {run.settings.dataset}')
-    for old, new in zip(checkpoint['optimizer']['param_groups'], optimizer.state_dict()['param_groups']):
-        old.update(new, params=old['params'])  # this run's betas, weight decay and device, not the checkpoint's
     try:
+        for old, new in zip(checkpoint['optimizer']['param_groups'], optimizer.state_dict()['param_groups']):
+            old.update(new, params=old['params'])  # this run's betas, weight decay and device, not the checkpoint's
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
-    except (RuntimeError, ValueError) as e:
+        for p, state in optimizer.state.items():
+            if not state['step'].numel() == 1 or not state['exp_avg'].shape == state['exp_avg_sq'].shape == p.shape:
+                raise ValueError('its optimizer has other shapes')
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
         die(f'the checkpoint in {run.out} does not fit model_{run.settings.model}.py as it is now: {one_line(e)}')
     return Progress(checkpoint['step'], checkpoint['best'], checkpoint['window'])
 

@@ -54,11 +54,13 @@ class Run:
             words = words[1:]
         script = next(i for i, w in enumerate(words) if w.endswith('.py'))
         words[script] = str(REPO / words[script])
-        env = {**os.environ, 'PYTHONUNBUFFERED': '1', **env}
+        env = {**os.environ, 'PYTHONUNBUFFERED': '1', 'PYTHONIOENCODING': 'utf-8', **env}
         pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        return subprocess.Popen([*launcher, *words], cwd=self.folder, env=env, text=True, **pipes)
+        return subprocess.Popen([*launcher, *words], cwd=self.folder, env=env, encoding='utf-8', **pipes)
 
     def check(self, found, code, words):
+        if os.name == 'nt':  # the tests look for paths with slashes
+            self.out, self.err = self.out.replace('\\', '/'), self.err.replace('\\', '/')
         assert found == code, f'exit {found}, not {code}: {words}\n{self.out[-3000:]}\n{self.err[-3000:]}'
         return self
 

@@ -151,7 +151,7 @@ def test_folders(here, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_folders_are_split_by_their_names(here):
+def test_folders_are_split_by_their_names(here, capsys):
     half = len(TEXT) // 2
     Path('text').mkdir()
     Path('text/wiki.train.raw').write_bytes(TEXT[:half].encode())
@@ -159,6 +159,46 @@ def test_folders_are_split_by_their_names(here):
     Path('text/wiki.test.raw').write_text('never read')
     prepare('text', path='text')
     assert joined('text') == RAW and prepared('text')[0]['train_bytes'] == len(TEXT[:half].encode())
+    assert 'skipped 1 of 3 files, named neither train nor valid: wiki.test.raw\n' in capsys.readouterr().err
+
+
+def pairs():
+    """A tokenizer of bytes, 'th', 'an' and end-of-text, made on the spot: no vocabulary is needed."""
+    tiktoken = pytest.importorskip('tiktoken')
+    ranks = {**{bytes([i]): i for i in range(256)}, b'th': 256, b'an': 257}
+    return tiktoken.Encoding('pairs', pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 258})
+
+
+def test_bytes_are_those_of_the_text_and_not_of_its_tokens(here, monkeypatch):
+    encoding = pairs()
+    monkeypatch.setattr(prepare_data, 'load_tiktoken', {'gpt2': encoding}.get)
+    text = 'the thin man and then an ant ' * 300
+    Path('text.txt').write_text(text)
+    prepare('text', 'gpt2', 'text.txt')
+    meta, ids = prepared('text')
+    assert meta['vocab_size'] == meta['mask_id'] == 259
+    assert [*ids['train'], *ids['val']] == [*encoding.encode(text), 258]
+    for part in ids:
+        words = encoding.decode([i for i in ids[part] if i != 258])
+        assert len(words) == meta[f'{part}_bytes'] > 1.2 * meta[f'{part}_tokens'], meta
+
+
+def test_check_data_reads_all(here, main, refused, monkeypatch, capsys):
+    """Large files are not looked through when they are loaded: the flag does it."""
+    Path('novel.txt').write_bytes(RAW)
+    main('--path', 'novel.txt')
+    main('--path', 'novel.txt', '--check_data')
+    assert f'data/novel: {len(RAW):,} ids, as {here / "novel.txt"} gave them' in capsys.readouterr().out
+    for name in ('SMALL', 'MEDIUM'):
+        monkeypatch.setattr(prepare_data, name, 100)
+    for value, part in ((0, 'train.bin: ValueError its checksum'), (256, 'holds the id 256, the vocabulary ends at 255')):
+        ids = np.memmap('data/novel/train.bin', np.uint16, 'r+')
+        ids[3] = value
+        ids.flush()
+        prepare_data.load(Path('data/novel'))
+        line = refused(main, '--dataset', 'novel', '--check_data')
+        assert 'data/novel is damaged' in line and part in line and 'prepare it again' in line
+    assert 'No such file' in refused(main, '--dataset', 'other', '--check_data')
 
 
 def test_bytes_that_are_no_utf8(here, refused):
@@ -252,8 +292,8 @@ def test_shakespeare_is_one_text_of_the_web(here, monkeypatch, refused):
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='peak memory is read from /proc')
 def test_memory_stays_small(run):
     """A text of 112 MB takes at most 65 MB more than one of 23 kB (half of it for the validation set)."""
-    (run.folder / 'small.txt').write_text(TEXT, encoding='utf-8')
-    (run.folder / 'big.txt').write_text(TEXT * 4800, encoding='utf-8')
+    (run.folder / 'small.txt').write_bytes(RAW)
+    (run.folder / 'big.txt').write_bytes(RAW * 4800)
     assert (run.folder / 'big.txt').stat().st_size > 100e6
     peak = {}
     for name in ('small', 'big'):
@@ -265,10 +305,11 @@ def test_memory_stays_small(run):
     assert peak['big'] < peak['small'] + 65, peak
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no signals between processes, and no pipes with names')
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGKILL', 9)])
 def test_interrupted_leaves_nothing_half_made(run, here, number):
     """Stopped in an endless text: the old data set is whole; after SIGKILL the next run cleans up."""
-    Path('novel.txt').write_text(TEXT, encoding='utf-8')
+    Path('novel.txt').write_bytes(RAW)
     prepare('novel', path='novel.txt')
     before = prepared('novel')[0]
     os.mkfifo('endless.txt')
@@ -284,9 +325,9 @@ def test_interrupted_leaves_nothing_half_made(run, here, number):
         assert written, 'it was at work'
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
-    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number) and 'Traceback' not in err
+    assert process.returncode == (-9 if number == 9 else 128 + number) and 'Traceback' not in err
     assert prepared('novel')[0] == before
-    if number == signal.SIGKILL:
+    if number == 9:
         assert len(os.listdir('data')) == 2
         prepare('novel', path='novel.txt')
     assert os.listdir('data') == ['novel']
@@ -294,7 +335,7 @@ def test_interrupted_leaves_nothing_half_made(run, here, number):
 
 def test_interrupted_while_swapping(here, monkeypatch):
     """Stopped between moving the old data set away and the new one in: the old one comes back."""
-    Path('novel.txt').write_text(TEXT, encoding='utf-8')
+    Path('novel.txt').write_bytes(RAW)
     prepare('novel', path='novel.txt')
     before = prepared('novel')[0]
     rename = Path.rename
@@ -305,7 +346,7 @@ def test_interrupted_while_swapping(here, monkeypatch):
             raise SystemExit(143)
         return rename(self, target)
     monkeypatch.setattr(Path, 'rename', stop)
-    Path('novel.txt').write_text(TEXT * 2, encoding='utf-8')
+    Path('novel.txt').write_bytes(RAW * 2)
     with pytest.raises(SystemExit):
         prepare('novel', path='novel.txt', overwrite=True)
     assert prepared('novel')[0] == before and os.listdir('data') == ['novel']
@@ -313,7 +354,7 @@ def test_interrupted_while_swapping(here, monkeypatch):
 
 def test_a_full_disk_is_an_error(here, monkeypatch, main, refused):
     """It is not taken for another run that was faster, and what was there stays."""
-    Path('novel.txt').write_text(TEXT, encoding='utf-8')
+    Path('novel.txt').write_bytes(RAW)
     prepare('novel', path='novel.txt')
 
     def full(*_):
@@ -325,9 +366,9 @@ def test_a_full_disk_is_an_error(here, monkeypatch, main, refused):
 
 def test_the_same_again_stays_as_it_is(here, main, capsys):
     """The same path and tokenizer: one line, nothing done; --overwrite reads the text again."""
-    Path('novel.txt').write_text(TEXT, encoding='utf-8')
+    Path('novel.txt').write_bytes(RAW)
     main('--path', 'novel.txt')
-    Path('novel.txt').write_text(TEXT * 2, encoding='utf-8')
+    Path('novel.txt').write_bytes(RAW * 2)
     capsys.readouterr()
     main('--path', here / 'novel.txt')  # the same file by another name
     err = capsys.readouterr().err
@@ -356,7 +397,7 @@ def test_another_text_or_tokenizer_replaces_nothing(here, main, refused):
 
 def test_tiktoken_is_not_there(here, monkeypatch, refused):
     """Not installed, or without its vocabulary: two different lines."""
-    Path('novel.txt').write_text(TEXT, encoding='utf-8')
+    Path('novel.txt').write_bytes(RAW)
     with monkeypatch.context() as without:
         without.setitem(sys.modules, 'tiktoken', None)
         line = refused(prepare, 'novel', 'gpt2', 'novel.txt')
@@ -389,7 +430,7 @@ def test_refused(here, main, refused, words, parts):
     """One line on stderr that says what is allowed, exit 2, nothing made."""
     Path('empty.txt').write_text('')
     Path('short.txt').write_text('short')
-    Path('novel.txt').write_text(TEXT, encoding='utf-8')
+    Path('novel.txt').write_bytes(RAW)
     Path('pictures').mkdir()
     Path('pictures/a.png').write_text('')
     Path('broken.xz').write_bytes(lzma.compress(RAW)[:-50])
@@ -415,12 +456,12 @@ def test_the_source_is_never_the_target(here, main, refused):
     """A text folder inside data_dir has the name of the data set it would make: refused, and still there."""
     chapter = Path('data/novel/chapter.txt')
     chapter.parent.mkdir(parents=True)
-    chapter.write_text(TEXT, encoding='utf-8')
+    chapter.write_bytes(RAW)
     for words in ('--path data/novel', '--path data/novel/chapter.txt --dataset novel --overwrite',
                   '--path data/novel --data_dir data --overwrite'):
         assert '--data_dir' in refused(main, *words.split())
         assert chapter.read_text(encoding='utf-8') == TEXT
     main('--path', 'data/novel', '--dataset', 'other')
-    Path('data/other/mine.txt').write_text(TEXT, encoding='utf-8')
+    Path('data/other/mine.txt').write_bytes(RAW)
     assert '--data_dir' in refused(main, '--path', 'data/other/mine.txt', '--dataset', 'other', '--overwrite')
     assert Path('data/other/mine.txt').exists()

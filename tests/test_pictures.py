@@ -46,8 +46,10 @@ def make(name, **fields):
 def write_run(folder, name, model):
     """What look_inside.py reads of a run of train.py."""
     folder.mkdir()
-    checkpoint = dict(step=2, best=5.0, model=model.state_dict(), config=dataclasses.asdict(model.config),
-                      settings=dict(model=name), meta=dict(tokenizer='bytes'), optimizer={})
+    meta = dict(tokenizer='bytes', vocab_size=256, mask_id=256, dtype='uint16', train_tokens=1, train_bytes=1,
+                val_tokens=1, val_bytes=1, source='', sha256={})
+    checkpoint = dict(step=2, best=5.0, window=[], model=model.state_dict(), config=dataclasses.asdict(model.config),
+                      settings=dict(model=name, objective='causal'), meta=meta, optimizer={})
     torch.save(checkpoint, folder / 'ckpt_best.pt')
     return folder
 

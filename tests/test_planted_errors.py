@@ -480,9 +480,9 @@ def plant(what):
 
 
 def plant_all(errors=ERRORS):
-    """{what: (exit status, first red row)}, two at a time, each in a new process (forked: torch loads slowly)."""
+    """{what: (exit status, first red row)}, two at a time, each in a new process (forked on Linux: torch loads slowly)."""
     import torch  # noqa: F401
-    method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() else 'spawn'
+    method = 'fork' if sys.platform == 'linux' else 'spawn'
     with multiprocessing.get_context(method).Pool(2, maxtasksperchild=1) as pool:
         return dict(zip(errors, pool.map(plant, errors, chunksize=1)))
 

@@ -77,6 +77,39 @@ def test_top_k_draws_from_k_ids():
         assert drawn == set(logits.topk(min(k, 20)).indices.tolist())
 
 
+def test_temperature_and_seed_decide_the_draws():
+    """At temperature 1/2 the probabilities are those of the doubled logits; the same generator draws the same ids."""
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    drawn = []
+    for seed in (1, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        drawn.append([sample.draw(logits, 0.5, 0, generator) for _ in range(2000)])
+    share = torch.bincount(torch.tensor(drawn[0])) / 2000
+    assert (share - (2 * logits).softmax(-1)).abs().max() < 0.03 and drawn[0] == drawn[1] != drawn[2]
+
+
+class Likes(torch.nn.Module):
+    """A model whose likeliest row is the last one of its embedding, then the row before it, and so on."""
+    def __init__(self):
+        super().__init__()
+        self.wte = torch.nn.Embedding(320, 1)
+
+    def new_state(self):
+        return [dict(seen=0)]
+
+    def forward(self, idx, state=None, where=None):
+        return torch.arange(320.0).expand(1, (idx if where is None else where).size(1), 320), None
+
+
+def test_only_ordinary_ids_are_drawn_and_filled_in():
+    """Never [MASK], nor a row that only fills the embedding up."""
+    new_ids = sample.continuation(Likes(), [1, 2], 256, 0, 0, 0, torch.Generator())
+    assert [next(new_ids) for _ in range(3)] == [255] * 3
+    (guesses,) = sample.fill(Likes(), [1, 256, 2], 256, 256, top=2)
+    assert [i for i, _ in guesses] == [255, 254]
+    assert abs(guesses[0][1] - torch.arange(256.0).softmax(-1)[255].item()) < 1e-6
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_drawn_from_the_state_is_drawn_from_the_text(runs, name):
     """Ids drawn from the running state = ids drawn by feeding the whole text anew, across the edge of the context."""
@@ -200,8 +233,9 @@ def test_refused_checkpoint(main):
     good = torch.load('out/absolute/ckpt_best.pt', weights_only=True)
     damaged = 'is damaged'
     changed = 'does not fit model_nope.py'
+    gone = {**good['settings'], 'model': 'gone'}
     for checkpoint, reason in (({'a': 1}, damaged), ([torch.zeros(3)], damaged),
-                               ({**good, 'settings': {'model': 'gone'}}, 'needs model_gone.py'),
+                               ({**good, 'settings': gone}, 'needs model_gone.py'),
                                ({**good, 'config': {**good['config'], 'n_embd': 64}}, changed),
                                ({**good, 'config': {**good['config'], 'field_of_another_day': 1}}, changed)):
         torch.save(checkpoint, 'bad/ckpt_best.pt')

@@ -19,6 +19,9 @@ import train as script
 from conftest import BASELINES, MODELS, REPO
 
 
+posix = pytest.mark.skipif(os.name == 'nt', reason='Windows has no signals between processes')
+
+
 def log(folder, *columns):
     with open(folder / 'log.csv', newline='') as f:
         return [tuple(r[c] for c in columns) for r in csv.DictReader(f)]
@@ -60,6 +63,11 @@ DATA = np.random.default_rng(0).integers(256, size=5000).astype(np.uint16)
 def make_run(T, data=DATA, **settings):
     """What train.py's functions are given, with rows of T tokens and without a model file."""
     return script.Run(script.Settings(**settings), SimpleNamespace(block_size=T), META, data, data)
+
+
+def test_causal_targets_are_the_next_tokens():
+    idx, targets, where = script.train_rows(make_run(40, np.arange(5000, dtype=np.uint16)), 3, range(6))
+    assert (targets == idx + 1).all() and (np.diff(idx) == 1).all() and where is None
 
 
 @pytest.mark.parametrize('objective', ['causal', 'masked'])
@@ -152,12 +160,38 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     def fail(error):
         def put(f):
             f.write(b'half')
-            raise error
+            if not isinstance(f, common.Size):
+                raise error
         return put
     for error in (OSError('disk full'), RuntimeError('enforce fail'), KeyboardInterrupt()):
-        with pytest.raises((OSError, KeyboardInterrupt)):
+        with pytest.raises((OSError, KeyboardInterrupt)) as stop:
             common.write(path, fail(error))
         assert path.read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['file']
+        for part in ('file', str(error), 'needs 4 bytes', 'are free'):
+            assert part in str(stop.value) or isinstance(error, KeyboardInterrupt), stop.value
+
+
+def test_a_written_file_takes_its_place_at_once(tmp_path):
+    """By a rename: the file at the path is the very one that was filled beside it, and nobody ever sees half of it."""
+    path = tmp_path / 'file'
+    path.write_bytes(b'old')
+    written = []
+
+    def put(f):
+        f.write(b'new')
+        written.append(os.fstat(f.fileno()).st_ino)
+        assert path.read_bytes() == b'old'
+    common.write(path, put)
+    assert path.read_bytes() == b'new' and os.stat(path).st_ino == written[0]
+
+
+def test_bits_per_byte_are_those_of_the_text():
+    """A uniform guess among all pairs of bytes: each byte costs 8 bits, whatever the tokens are."""
+    run = make_run(64)
+    run.meta = dict(META, val_tokens=1000, val_bytes=2000)
+    loss = math.log(256 ** 2)
+    assert abs(script.bits_per_byte(run, loss) - 8) < 1e-12
+    assert f'{loss:.4f} nats per token, 8.0000 bits per byte, perplexity 65536.00' in script.describe(run, loss)
 
 
 def test_schedule():
@@ -257,6 +291,21 @@ def test_gradients_are_clipped(train):
     assert abs(fall['clipped']) < 0.01 < 0.5 < fall['free'], fall
 
 
+def test_another_micro_batch_goes_on_with_the_same_curve(train, monkeypatch):
+    """Stopped halfway and resumed in smaller parts: weights up to rounding. Other processes: experiments/soak.py."""
+    words = ['--model', 'composite', '--max_iters', 8, '--log_interval', 1]
+    train.train(*words, '--out_dir', 'whole')
+    with monkeypatch.context() as patch:
+        patch.setattr(common, 'any_process', lambda flag, peers: flag or stops[-1]())
+        steps = iter([False] * 8 + [True] * 2)
+        stops = [lambda: next(steps)]
+        train.train(*words, '--out_dir', 'parts', code=143)
+    stopped = checkpoint(train.folder / 'parts')['step']
+    train('train.py', '--resume', '--out_dir', 'parts', '--micro_batch_size', 2)
+    whole, parts = [checkpoint(train.folder / name)['model'] for name in ('whole', 'parts')]
+    assert 0 < stopped < 8 and equal(whole, parts, 2e-5) and not equal(whole, parts)
+
+
 def test_accumulation_changes_nothing_but_rounding(train):
     for objective in ('causal', 'masked'):
         for n, micro in enumerate((8, 2)):
@@ -329,6 +378,7 @@ def test_killed_and_resumed_is_bit_for_bit_unbroken(train):
     assert not list((train.folder / 'broken').glob('*.tmp'))
 
 
+@posix
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_says_how_to_go_on(train, number):
     process = train.start_train('--model', 'nope', '--max_iters', 100000)
@@ -343,6 +393,48 @@ def test_signal_saves_and_says_how_to_go_on(train, number):
     assert checkpoint(train.folder / 'out/nope-causal-code')['step'] == step + 3
 
 
+@pytest.fixture
+def sigterm():
+    """A function that sends SIGTERM to this process, once."""
+    left = [signal.SIGTERM]
+
+    def send(*_, **__):
+        if left:
+            signal.raise_signal(left.pop())
+    return send
+
+
+def test_sigterm_while_data_is_prepared(train, monkeypatch, sigterm):
+    """Exit 143, and nothing half-made."""
+    monkeypatch.setattr(prepare_data, 'sha256', sigterm)  # all is written but meta.json
+    train('train.py', '--model', 'nope', '--dataset', 'python', '--device', 'cpu', code=143)
+    assert not list((train.folder / 'data').iterdir()) and not (train.folder / 'out').exists()
+
+
+def test_sigterm_while_the_first_step_is_compiled(train, monkeypatch, sigterm):
+    """The step is finished and saved."""
+    monkeypatch.setattr(common, 'compile_lacks', lambda *_: None)
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda model, **_: model.register_forward_pre_hook(sigterm))
+    train.train('--model', 'nope', '--max_iters', 50, '--compile', 'on', '--out_dir', 'x', code=143)
+    assert 'To go on' in train.out and checkpoint(train.folder / 'x')['step'] == 1
+
+
+def test_sigterm_while_the_picture_is_drawn(train, monkeypatch, sigterm):
+    """All but the picture is there, nothing half of it; --resume draws it."""
+    figure = pytest.importorskip('matplotlib.figure')
+    with monkeypatch.context() as patch:
+        def savefig(self, f, **_):
+            f.write(b'half')
+            sigterm()
+        patch.setattr(figure.Figure, 'savefig', savefig)
+        train.train('--model', 'nope', '--max_iters', 2, '--out_dir', 'x', code=143)
+    files = set(common.FILES)
+    assert {path.name for path in (train.folder / 'x').iterdir()} == files - {'loss.png'}
+    train('train.py', '--resume', '--out_dir', 'x')
+    assert {path.name for path in (train.folder / 'x').iterdir()} == files and not train.err
+
+
+@posix
 def test_signal_stops_all_processes(train):
     words = [*train.words, '--model', 'nope', '--max_iters', 100000, '--out_dir', 'x']
     process = train.start('torchrun', '--nproc_per_node=2', 'train.py', *words)
@@ -352,6 +444,7 @@ def test_signal_stops_all_processes(train):
     assert 'To go on' in out and checkpoint(train.folder / 'x')['step'] >= 10
 
 
+@posix
 def test_restart_by_torchrun(train):
     """A worker that dies is started again by torchrun --max-restarts and goes on from the checkpoint."""
     words = '--model nope --max_iters 300 --eval_interval 100 --checkpoint_interval 10 --resume --out_dir x'.split()
@@ -431,11 +524,21 @@ def test_full_disk_leaves_the_old_checkpoint(train, monkeypatch):
         assert found['step'] == 2 and equal(found, old)
         assert {path.name for path in (train.folder / 'x').iterdir()} == set(common.FILES)
 
-    def save(*_):
-        raise RuntimeError('unexpected pos 64 vs 0')  # what torch.save says of a full disk
+    def save(values, f):
+        f.write(bytes(12345))
+        if not isinstance(f, common.Size):
+            raise RuntimeError('unexpected pos 64 vs 0')  # what torch.save says of a full disk
     monkeypatch.setattr(torch, 'save', save)
     train('train.py', '--resume', '--out_dir', 'x', '--max_iters', 4, code=1)
-    one_line(train.err, 'ckpt_last.pt could not be written')
+    one_line(train.err, 'ckpt_last.pt could not be written', '12,345 bytes', 'are free')
+
+
+def test_the_size_of_a_checkpoint_that_does_not_fit_is_that_of_the_file(train):
+    train.train('--model', 'nope', '--max_iters', 1, '--out_dir', 'x')
+    path = train.folder / 'x/ckpt_last.pt'
+    needed = common.Size()
+    torch.save(checkpoint(train.folder / 'x'), needed)
+    assert abs(needed.size / path.stat().st_size - 1) < 0.01
 
 
 def test_second_signal_exits_at_once(monkeypatch):
@@ -508,6 +611,20 @@ def test_a_torn_log_is_cut_to_whole_rows(train):
     after = path.read_bytes()
     assert after.startswith(rows[:rows.rindex(b'20,')]) and b'20,5.1' not in after.splitlines() and b'\n\n' not in after
     assert [row.split(b',')[0] for row in after.splitlines()[-2:]] == [b'30', b'30']
+
+
+def test_a_resume_that_dies_keeps_the_row_of_the_last_validation(train, failing_validation, monkeypatch):
+    """Until it has validated again; then the new row stands in its place."""
+    train.train('--model', 'nope', '--max_iters', 4, '--out_dir', 'x', '--log_interval', 2)
+    path = train.folder / 'x/log.csv'
+    before = path.read_bytes()
+    with monkeypatch.context():
+        failing_validation(1)
+        train('train.py', '--resume', '--out_dir', 'x', '--max_iters', 6, code=1)
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    train('train.py', '--resume', '--out_dir', 'x', '--max_iters', 6)
+    assert [step for step, loss in log(train.folder / 'x', 'step', 'val_loss') if loss] == ['0', '4', '6']
 
 
 def test_several_runs_at_once_take_folders_of_their_own(train):
@@ -762,18 +879,27 @@ def test_refused_checkpoint(train):
     one_line(train.err, 'does not fit model_nope.py')
 
 
-@pytest.mark.parametrize('damage', ['train.bin', 'val.bin', 'meta.json', 'half'])
-def test_refused_data(train, damage):
+@pytest.mark.parametrize('damage, part', {
+    'train.bin': 'No such file', 'val.bin': 'No such file', 'meta.json': 'needs tokenizer', 'half': 'train.bin: ValueError it has',
+    'id': 'val.bin: ValueError it holds the id 256, the vocabulary ends at 255',
+    'checksum': 'train.bin: ValueError its checksum is not the one',
+}.items())
+def test_refused_data(train, damage, part):
     folder = train.folder / 'data/code'
     shutil.copytree(train.words[1] / 'code', folder)
     if damage == 'half':
         (folder / 'train.bin').write_bytes((folder / 'train.bin').read_bytes()[:-1000])
     elif damage == 'meta.json':
         (folder / 'meta.json').write_text('{}')
+    elif damage in ('id', 'checksum'):
+        name, place, value = ('val', -7, 256) if damage == 'id' else ('train', 0, 0)
+        ids = np.memmap(folder / f'{name}.bin', np.uint16, 'r+')
+        ids[place] = value
+        ids.flush()
     else:
         (folder / damage).unlink()
     train.train('--data_dir', 'data', '--max_iters', 1, code=2)
-    one_line(train.err, 'data/code is damaged', 'prepare it again')
+    one_line(train.err, 'data/code is damaged', 'prepare it again', part)
 
 
 @pytest.mark.parametrize('field, part', [

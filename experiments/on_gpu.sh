@@ -16,14 +16,16 @@
 #     glue             9  five schemes as BERT-small read enwik8, then learn GLUE         $CORPORA/enwik8.xz, glue/
 #     evidence        24  variance, probes, curves, glue
 #
-# Where a command may take ten minutes and only what it leaves in a folder comes back, end it before and pack the results:
+# Where a command may take ten minutes and only what it leaves in a folder comes back, end it before and pack the
+# results. Six commands, each under ten minutes, in this order:
 #
 #     export TMPDIR=/dev/shm CORPORA=corpora RESULTS=out/gpu
-#     timeout 560 bash experiments/on_gpu.sh check;                tar czf FOLDER/1.tgz out/gpu
-#     timeout 560 bash experiments/on_gpu.sh steps speed variance; tar czf FOLDER/2.tgz out/gpu
-#     SCHEMES='nope absolute composite' timeout 560 bash experiments/on_gpu.sh curves probes; tar czf FOLDER/3.tgz out/gpu
-#     SCHEMES='rope alibi conv nprf+rpe' timeout 560 bash experiments/on_gpu.sh curves;       tar czf FOLDER/4.tgz out/gpu
-#     timeout 560 bash experiments/on_gpu.sh glue;                 tar czf FOLDER/5.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh check;                                    tar czf FOLDER/1.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh steps speed variance;                     tar czf FOLDER/2.tgz out/gpu
+#     SCHEMES='nope absolute composite' timeout 560 bash experiments/on_gpu.sh curves; tar czf FOLDER/3.tgz out/gpu
+#     SCHEMES='rope alibi conv nprf+rpe' timeout 560 bash experiments/on_gpu.sh curves; tar czf FOLDER/4.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh glue;                                     tar czf FOLDER/5.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh probes;                                   tar czf FOLDER/6.tgz out/gpu
 #
 # A table is written row by row, a log line by line, so what was done when the time ended is there. A command that fails
 # does not stop a part: it is named at the end, and the script exits with 1. Nothing is downloaded. Without `datasets`
@@ -42,12 +44,12 @@ corpora=${CORPORA:-corpora}
 export TIKTOKEN_CACHE_DIR=${TIKTOKEN_CACHE_DIR:-$corpora/tiktoken_cache}
 models='nope composite conv kernelized rope alibi tisa cape'
 tiny=(--max_iters 4 --n_layer 2 --n_embd 32 --n_head 2 --block_size 64 --batch_size 8 --micro_batch_size 4
-    --eval_tokens 2048 --warmup_iters 1)  # if quick
+    --eval_tokens 2048 --warmup_iters 1 --log_interval 2)  # if quick
 failed=()
 
 run() {
     echo "+ $*"
-    timeout 540 "$@" || failed+=("$*")
+    timeout --foreground 540 "$@" || failed+=("$*")
 }
 
 experiment() {

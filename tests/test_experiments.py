@@ -464,7 +464,8 @@ def test_on_gpu(tmp_path):
     assert out.count('ran -c import torch, train') == 8 + 3 + 2 and out.count('ran sample.py') == 11
     failed = [line for line in out.splitlines() if line.startswith('FAILED: ')]
     assert failed[:2] == ['FAILED: python3 test_equivalence.py --chapter 8 kernelized', 'FAILED: proofs kernelized']
-    assert failed[2].startswith('FAILED: python3 -c import torch, train') and failed[-1] == 'FAILED: trainings masked-conv'
+    assert failed[2].startswith('FAILED: python3 -c import torch, train')
+    assert failed[-1] == 'FAILED: trainings masked-conv'
     assert 'chapter 8 kernelized' in (results / 'proofs-kernelized.log').read_text()
     assert (results / 'proofs.log').read_text() + (results / 'trainings.log').read_text() in re.sub(
         r'\w+: \d+ seconds\n', '', out)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import model_composite as composite
@@ -80,6 +81,8 @@ def proof(chapter, *models):
             missing = [name for name in models if name not in FILES]
             if missing:
                 return remark(f'not checked: model_{missing[0]}.py is not here')
+            if chapter == 8 and DEVICE is None:
+                return remark('no GPU here: not checked; --rehearse runs it on the CPU')
             try:
                 test()
             except Exception as error:  # whatever it is, it is a red row, and the book goes on
@@ -1026,51 +1029,161 @@ def test_equation_of_its_own():
 
 # ----------------------------------------------------------------------------------- chapter 8: the same on a GPU
 
+DEVICE = 'cuda' if torch.cuda.is_available() else None  # of this chapter; --rehearse: the CPU, at fewer lengths
+COMPILER = 'inductor'  # a test rehearses with a quicker one
+
+
 @proof(8)
-def test_models_on_a_gpu():
-    """Every model in bfloat16, eager and compiled, is near to float64 on the CPU."""
-    if not torch.cuda.is_available():
-        return remark('no GPU here: bfloat16 and torch.compile are not checked')
+def test_models_in_bfloat16():
+    """Every model in bfloat16 is near to float64 on the CPU, with padding and without."""
     idx = torch.randint(50, (4, 200), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(200).expand(4, -1) < torch.tensor([[200], [150], [100], [7]])
     for causal, side in SIDES:
         for name, _, model, _ in schemes(causal=causal, n_embd=128, block_size=256):
-            exact = model.hidden(idx, mask)[mask]
+            padded = model.hidden(idx, mask)[mask]
             plain = model.hidden(idx)  # without padding, the fast forms
-            model = model.float().cuda()
-            for form in ('eager', 'compiled'):
-                torch._dynamo.reset()  # or it reaches its limit of recompilations and runs eager
-                hidden = torch.compile(model.hidden) if form == 'compiled' else model.hidden
-                with torch.no_grad(), torch.autocast('cuda', torch.bfloat16):
-                    padded = hidden(idx.cuda(), mask.cuda()).cpu()[mask]
-                    ours = hidden(idx.cuda()).cpu()
-                row = f'bfloat16 {form} on the GPU = float64 on the CPU'
-                case = f'{name}, {side}'
-                check(row, f'{case}, padded', padded, exact, 0.1)
-                check(row, case, ours, plain, 0.1)
+            model = model.float().to(DEVICE)
+            with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+                ours = model.hidden(idx.to(DEVICE), mask.to(DEVICE)).cpu()[mask]
+                check('bfloat16 with padding = float64 on the CPU', f'{name}, {side}', ours, padded, 0.1)
+                ours = model.hidden(idx.to(DEVICE)).cpu()
+                check('bfloat16 without padding = float64 on the CPU', f'{name}, {side}', ours, plain, 0.1)
+
+
+def training_model(name, tokens, causal):
+    """-> a float32 model with heads of 64 on the device, one with its weights and plain forms, and what both read."""
+    module = import_module(f'model_{name}')
+    torch.manual_seed(0)
+    pair = []
+    for _ in range(2):
+        sizes = dict(vocab_size=64, block_size=tokens, n_layer=2, n_head=2, n_embd=128)
+        pair.append(module.Model(module.Config(**sizes, causal=causal)).to(DEVICE).eval())
+    model, plain = pair
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.02)  # else some kernels are zero
+    plain.load_state_dict(model.state_dict())
+    for block in plain.h:
+        if name in OURS and hasattr(block.attn, 'attention'):
+            block.attn.attention = 'dense'
+    generator = torch.Generator().manual_seed(1)
+    idx = torch.randint(64, (2, tokens), generator=generator).to(DEVICE)
+    if causal:
+        return model, plain, dict(idx=idx, targets=idx.roll(-1, 1))
+    where = torch.rand(2, tokens, generator=generator).argsort(1)[:, :tokens // 7].to(DEVICE)
+    return model, plain, dict(idx=idx, targets=idx.gather(1, where), where=where)
+
+
+def loss_and_gradients(model, batch, dtype=torch.float32):
+    """[loss, gradient of every parameter] as in train.py."""
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = model(**batch)[1]
+    loss.backward()
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return [loss.detach(), *found]
+
+
+@proof(8)
+def test_compiled_training_steps():
+    """Loss and all gradients, compiled as train.py does it, are those of the plain forms in float32, uncompiled."""
+    lengths = (300, 1024) if DEVICE == 'cuda' else (300,)
+    for tokens, (causal, side), name in product(lengths, SIDES, CHOSEN):
+        case = f'{name}, {side}, {tokens} tokens'
+        model, plain, batch = training_model(name, tokens, causal)
+        exact = loss_and_gradients(plain, batch)
+        ours = loss_and_gradients(model, batch, torch.bfloat16)
+        check('bfloat16, not compiled = float32, not compiled', case, ours, exact, 0.1)
+        torch._dynamo.reset()  # or it reaches its limit of recompilations and runs uncompiled
+        model.compile(dynamic=False, backend=COMPILER)
+        ours = loss_and_gradients(model, batch, torch.bfloat16)
+        check('bfloat16, compiled = float32, not compiled', case, ours, exact, 0.1)
+        if tokens == lengths[0]:  # compiles again
+            check('float32, compiled = float32, not compiled', case, loss_and_gradients(model, batch), exact, 1e-3)
+
+
+@proof(8)
+def test_one_of_many_processes():
+    """The same compiled models in DistributedDataParallel, by nccl on a GPU: a single process, as under torchrun."""
+    backend = 'nccl' if DEVICE == 'cuda' else 'gloo'
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for name in CHOSEN:
+            model, plain, batch = training_model(name, 300, True)
+            exact = loss_and_gradients(plain, batch)
+            torch._dynamo.reset()
+            model.compile(dynamic=False, backend=COMPILER)
+            parallel = torch.nn.parallel.DistributedDataParallel(model)
+            ours = loss_and_gradients(parallel, batch, torch.bfloat16)
+            check(f'{backend}, bfloat16, compiled = float32, not compiled', name, ours, exact, 0.1)
+    finally:
+        dist.destroy_process_group()
 
 
 @proof(8, 'composite', 'kernelized')
 def test_fast_forms_on_a_gpu():
-    """The fast forms on a GPU are the dense forms in float32 there."""
-    if not torch.cuda.is_available():
-        return remark('no GPU here: the fast forms are checked on the CPU only')
-    for (causal, side), (n, reach) in product(SIDES, ((1, 3), (200, 300), (1031, 7))):
-        inputs = [x.detach().float().cuda().requires_grad_() for x in kernelized_inputs(n, reach)]
+    """The fast forms are the dense ones in float32: those of kernelized attention; far + near in half precision."""
+    lengths = (1, 8, 9, 200, 1031) if DEVICE == 'cuda' else (1, 8, 9, 200)
+    for (causal, side), (n, reach) in product(SIDES, ((1, 3), (200, 300), (lengths[-1], 7))):
+        inputs = [x.detach().float().to(DEVICE).requires_grad_() for x in kernelized_inputs(n, reach)]
         for form in (kernelized.attend_fft, kernelized.attend_chunked):
             compare(f'{form.__name__} in float32 = dense', f'{side}, {n} tokens, reach of b {reach}',
                     form, kernelized.attend_dense, inputs, 1e-2, least=1, causal=causal)
-    for (causal, side), n in product(SIDES, (1, 8, 9, 200, 1031)):
+    for (causal, side), n, dtype in product(SIDES, lengths, (torch.bfloat16, torch.float16)):
         torch._dynamo.reset()
-        compiled = torch.compile(composite.attend_fast, dynamic=False)  # dynamic crashes torch 2.11 at far + 1 tokens
-        exact = [x.detach().cuda().bfloat16() for x in random_qkv(n, 2, 4, 64)]
-        exact.append(random(2, 4, n, 17).detach().cuda())
+        compiled = torch.compile(composite.attend_fast, dynamic=False, backend=COMPILER)  # dynamic crashes torch 2.11
+        exact = [x.detach().to(DEVICE).to(dtype) for x in random_qkv(n, 2, 4, 64)]
+        exact.append(random(2, 4, n, 17).detach().to(DEVICE))
         inputs = [x.float().requires_grad_() for x in exact]
         dense = with_gradients(partial(composite.attend_dense, causal=causal), inputs)
-        for name, form in (('eager', composite.attend_fast), ('compiled', compiled)):
+        forms = dict(uncompiled=composite.attend_fast)
+        if dtype == torch.bfloat16:
+            forms['compiled'] = compiled
+        for name, form in forms.items():
             inputs = [*(x.clone().requires_grad_() for x in exact[:3]), exact[3].float().requires_grad_()]
             ours = with_gradients(partial(form, causal=causal), inputs)
-            check(f'far + near in bfloat16 {name} = dense, float32', f'{side}, {n} tokens', ours, dense, 0.03)
+            row = f'far + near in {str(dtype)[6:]}, {name} = dense, float32'
+            check(row, f'{side}, {n} tokens', ours, dense, 0.03, least=1e-3)
+
+
+def window_gradients(q, k, v, seen, dy, y, lse):
+    """Gradients of q, k, v (B, n, nh, hs) through the weights p = exp(score - lse), for any y and lse (B, nh, n)."""
+    scale = 1 / math.sqrt(q.size(-1))
+    p = (torch.einsum('bind,bjnd->bnij', q, k) * scale - lse[..., None]).exp() * seen  # (B, nh, n, n)
+    mean = (dy * y).sum(-1).transpose(1, 2)[..., None]  # (B, nh, n, 1)
+    ds = p * (torch.einsum('bind,bjnd->bnij', dy, v) - mean) * scale
+    dq = torch.einsum('bnij,bjnd->bind', ds, k)
+    dk = torch.einsum('bnij,bind->bjnd', ds, q)
+    return [dq, dk, torch.einsum('bnij,bind->bjnd', p, dy)]
+
+
+@proof(8, 'composite')
+def test_windows_of_the_flash_kernel():
+    """Torch's flash kernel with a window: query i sees the keys i - left ... i + right, and -1 is no bound.
+
+    Its backward kernel takes any log-sum-exp and output: those over more keys give their gradients through these.
+    """
+    if DEVICE == 'cpu':
+        return remark('the CPU has no such kernel')
+    for n, (left, right) in product((17, 300, 1024), ((-1, 0), (0, -1), (5, 3), (-1, -1))):
+        seen = [[(left < 0 or i - j <= left) and (right < 0 or j - i <= right) for j in range(n)] for i in range(n)]
+        seen = torch.tensor(seen, device=DEVICE)
+        q, k, v, dy, y = [random(2, n, 4, 64, seed=seed).detach().to(DEVICE, torch.bfloat16) for seed in range(5)]
+        window = dict(window_size_left=left, window_size_right=right)
+        ours, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(q, k, v, None, None, n, n, 0.0, False,
+                                                                            False, **window)
+        wide = [x.float() for x in (q, k, v)]
+        scores = torch.einsum('bind,bjnd->bnij', *wide[:2]) / 8  # (B, nh, n, n)
+        scores = scores.masked_fill(~seen, -math.inf)
+        case = f'{n} tokens, left {left}, right {right}'
+        check('log-sum-exp in a window = by hand', case, lse, scores.logsumexp(-1), 0.01)
+        check('output in a window = by hand', case, ours, torch.einsum('bnij,bjnd->bind', scores.softmax(-1), wide[2]),
+              0.03)
+        lse = lse + 0.5  # as if there were more keys
+        gradients = torch.ops.aten._flash_attention_backward(dy, q, k, v, y, lse, None, None, n, n, 0.0, False, rng,
+                                                             unused, **window)
+        exact = window_gradients(*wide, seen, dy.float(), y.float(), lse)
+        check('gradients in a window, at the log-sum-exp of more keys = by hand', case, list(gradients), exact, 0.03)
 
 
 # ------------------------------------------------------------------------------------------------------- the book
@@ -1102,6 +1215,8 @@ def main():
     parser = argparse.ArgumentParser(description='What equals what in this project, checked. Exit 1 if a row fails.')
     parser.add_argument('models', nargs='*', metavar='MODEL', help=f'only the rows about these: {", ".join(FILES)}')
     parser.add_argument('--all', action='store_true', help='print every case under its row')
+    parser.add_argument('--chapter', type=int, choices=CHAPTERS, help='only this one')
+    parser.add_argument('--rehearse', action='store_true', help='chapter 8 on the CPU: what a GPU would run')
     parser.add_argument('--first', action='store_true', help='stop after the first claim that fails')
     arguments = parser.parse_args()
     unknown = [name for name in arguments.models if name not in FILES]
@@ -1109,11 +1224,14 @@ def main():
         print(f'test_equivalence.py: no model {unknown[0]!r}; choose from {", ".join(FILES)}', file=sys.stderr)
         return 2
     CHOSEN[:] = arguments.models or FILES
+    global DEVICE
+    if arguments.rehearse:
+        DEVICE = 'cpu'
     torch.set_num_threads(1)  # many tiny tensors
     chapter = rows = cases = failed = 0
     for test in [value for name, value in globals().items() if name.startswith('test_')]:
         asked = set(arguments.models or test.models)  # the whole book also names what is missing
-        if test.models and not set(test.models) & asked:
+        if (test.models and not set(test.models) & asked) or arguments.chapter not in (None, test.chapter):
             continue
         with contextlib.suppress(AssertionError):  # CASES knows what failed
             test()

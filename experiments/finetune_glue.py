@@ -331,6 +331,8 @@ def main():
     names = short_names(args.out_dirs)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     print(f'device: {device}', flush=True)
+    if device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')  # TF32, as in train.py
     data = {task: read(task, args.glue) for task in args.tasks}
     loaded = [load_run(out, None, device) for out in args.out_dirs]  # all now: a missing one ends the script at once
     for model, _ in loaded:

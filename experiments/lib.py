@@ -3,6 +3,7 @@ import csv
 import math
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,10 @@ def save(fig, path):
 
 
 def pyplot():
-    """matplotlib's pyplot, which needs no screen here."""
+    """matplotlib's pyplot, which needs no screen here. Without it the script ends: its tables come before pictures."""
+    if not find_spec('matplotlib'):
+        print('\nno picture: matplotlib is not installed')
+        sys.exit()
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt

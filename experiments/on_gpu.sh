@@ -1,62 +1,208 @@
 #!/usr/bin/env bash
-# What needs a GPU, in parts of some minutes each: checks, speed, and experiments too large for a CPU.
+# What needs a GPU, in parts of some minutes each. Minutes are estimates for one H100 with 16 CPU cores; compiling takes
+# most of them. One call runs any parts, in the order given:
 #
-#     bash experiments/on_gpu.sh check      # all equalities, also the GPU rows; 200 steps of every model in bf16
-#     bash experiments/on_gpu.sh speed      # every form of attention, 512 to 65,536 tokens: time and memory
-#     bash experiments/on_gpu.sh steps      # training steps at GPT-2 124M size; depthwise convolutions
-#     bash experiments/on_gpu.sh variance   # variance of attention at the paper's size
-#     bash experiments/on_gpu.sh probes     # probes of the position at the paper's size
-#     bash experiments/on_gpu.sh evidence   # variance, then probes
+#     bash experiments/on_gpu.sh check steps speed
 #
-# A command that fails does not stop the part: it goes on, names what failed at the end and exits with 1.
-# Tables, pictures and <part>.log go to ${RESULTS:-experiments/results}. QUICK=--quick tries a part on a CPU; they go
-# to ${RESULTS:-out/quick} then.
+#     part       minutes  what                                                            needs
+#     proofs           4  chapter 8 of test_equivalence.py on the GPU, the others on the CPU
+#     trainings        4  every model trains, resumes, samples; torchrun; GPT-2's size
+#     check            8  proofs, then trainings
+#     steps            4  training steps at GPT-2 124M size; depthwise convolutions
+#     speed            4  every form of attention, 512 to 65,536 tokens: time and memory
+#     variance         1  variance of attention at the paper's size
+#     probes           5  probes of the position at the paper's size
+#     curves           9  seven schemes at GPT-2 124M size, equal steps                   $CORPORA/enwik8.xz
+#     glue             9  five schemes as BERT-small read enwik8, then learn GLUE         $CORPORA/enwik8.xz, glue/
+#     evidence        24  variance, probes, curves, glue
+#
+# Where a command may take ten minutes and only what it leaves in a folder comes back, end it before and pack the
+# results. Six commands, each under ten minutes, in this order:
+#
+#     export TMPDIR=/dev/shm CORPORA=corpora RESULTS=out/gpu
+#     timeout 560 bash experiments/on_gpu.sh check;                                    tar czf FOLDER/1.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh steps speed variance;                     tar czf FOLDER/2.tgz out/gpu
+#     SCHEMES='nope absolute composite' timeout 560 bash experiments/on_gpu.sh curves; tar czf FOLDER/3.tgz out/gpu
+#     SCHEMES='rope alibi conv nprf+rpe' timeout 560 bash experiments/on_gpu.sh curves; tar czf FOLDER/4.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh glue;                                     tar czf FOLDER/5.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh probes;                                   tar czf FOLDER/6.tgz out/gpu
+#
+# A table is written row by row, a log line by line, so what was done when the time ended is there. A command that fails
+# does not stop a part: it is named at the end, and the script exits with 1. Nothing is downloaded. Without `datasets`
+# all works; without matplotlib there are no pictures.
+#
+# RESULTS: folder of tables, pictures and logs (default experiments/results). CORPORA: folder with enwik8.xz, with
+# glue/CoLA/train.tsv.xz, ..., and with tiktoken_cache/, the vocabulary of GPT-2 (default corpora). TMPDIR: checkpoints,
+# up to 3 GB at a time. SCHEMES: of curves and glue. STEPS: of their trainings. SEEDS: of fine-tuning. QUICK=--quick
+# tries a part on a CPU at small sizes (proofs compile there, too: many minutes); RESULTS is out/quick then.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONUNBUFFERED=1
-part=${1:-}
-results=${RESULTS:-experiments/results}
-if [ -n "${QUICK:-}" ]; then results=${RESULTS:-out/quick}; fi
-iters=200
-if [ -n "${QUICK:-}" ]; then iters=2; fi
+export PYTHONUNBUFFERED=1 TORCHINDUCTOR_COMPILE_THREADS=8
+quick=${QUICK:-}
+results=${RESULTS:-$([ -n "$quick" ] && echo out/quick || echo experiments/results)}
+corpora=${CORPORA:-corpora}
+export TIKTOKEN_CACHE_DIR=${TIKTOKEN_CACHE_DIR:-$corpora/tiktoken_cache}
+models='nope composite conv kernelized rope alibi tisa cape'
+tiny=(--max_iters 4 --n_layer 2 --n_embd 32 --n_head 2 --block_size 64 --batch_size 8 --micro_batch_size 4
+    --eval_tokens 2048 --warmup_iters 1 --log_interval 2)  # if quick
 failed=()
 
 run() {
     echo "+ $*"
-    "$@" || failed+=("$*")
+    timeout --foreground 540 "$@" || failed+=("$*")
 }
 
 experiment() {
-    run python "experiments/$1.py" "${@:2}" ${QUICK:-} --results "$results"
+    run python3 "experiments/$1.py" "${@:2}" $quick --results "$results"
 }
 
-check() {
-    run python test_equivalence.py
-    for model in nope composite conv kernelized; do
-        run python train.py --model $model --preset small --max_iters $iters --out_dir "$(mktemp -d)/$model"
+# at_once WORD...: the function `job` with each word, all at the same time (quick: in turn); the output of each is in
+# $results/<part>-<word>.log and follows when all are done
+at_once() {
+    local word
+    local -A process
+    for word in "$@"; do
+        (failed=(); job "$word"; tell_failed) >"$results/$part-$word.log" 2>&1 &
+        process[$word]=$!
+        [ -z "$quick" ] || wait $!
+    done
+    for word in "$@"; do
+        wait "${process[$word]}" || failed+=("$part $word")
+        cat "$results/$part-$word.log"
     done
 }
 
-parts() {
-    case $part in
-    check) check ;;
-    speed) experiment speed ;;
-    steps) experiment speed --steps; experiment speed --convs ;;
-    variance) experiment attention_variance ;;
-    probes) experiment probe_position ;;
-    evidence) experiment attention_variance; experiment probe_position ;;
-    esac
+tell_failed() {
+    local command
     for command in ${failed[@]+"${failed[@]}"}; do echo "FAILED: $command"; done
     [ ${#failed[@]} -eq 0 ]
 }
 
-case $part in
-check | speed | steps | variance | probes | evidence) ;;
-*) echo "on_gpu.sh: one of check, speed, steps, variance, probes, evidence, not '$part'" >&2; exit 2 ;;
-esac
-if [ -z "${QUICK:-}" ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' >/dev/null; then
+proofs() {
+    job() {
+        case $1 in
+        cpu) for chapter in 1 2 3 4 5 6 7; do run python3 test_equivalence.py --chapter $chapter; done ;;
+        baselines) run python3 test_equivalence.py --chapter 8 $rehearse rope alibi tisa cape ;;
+        *) run python3 test_equivalence.py --chapter 8 $rehearse "$1" ;;
+        esac
+    }
+    local rehearse=${quick:+--rehearse}
+    at_once composite conv kernelized nope baselines cpu
+}
+
+# train.py; the last line is the peak memory of the GPU
+train() {
+    local peak='print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")'
+    run python3 -c "import torch, train; train.main(); $peak" "$@" ${quick:+"${tiny[@]}"}
+}
+
+trainings() {
+    local small=(--preset small --n_layer 2 --max_iters 200 --warmup_iters 20) longer=220
+    [ -z "$quick" ] || longer=6
+    job() {
+        local out=$scratch/$1
+        case $1 in
+        masked-*)
+            train --model "${1#masked-}" "${small[@]}" --objective masked --out_dir "$out"
+            run python3 sample.py --out_dir "$out" --prompt 'if self._na[MASK]e is not None:' ;;
+        torchrun)
+            run python3 -m torch.distributed.run --standalone --nproc_per_node=1 \
+                train.py --model composite "${small[@]}" --out_dir "$out" ${quick:+"${tiny[@]}"} ;;
+        *)
+            train --model "$1" "${small[@]}" --out_dir "$out"
+            run python3 sample.py --out_dir "$out" --prompt 'def ' --max_new_tokens 100 ;;
+        esac
+    }
+    run python3 prepare_data.py --dataset python
+    at_once $models masked-composite masked-conv masked-kernelized torchrun
+    run python3 train.py --resume --out_dir "$scratch/composite" --max_iters $longer
+    run python3 train.py --eval_only --out_dir "$scratch/composite"
+    for model in nope composite; do  # the vocabulary of GPT-2: 50,257, padded
+        train --model $model --preset gpt2 --vocab_size 50304 --batch_size 64 --max_iters 20 --warmup_iters 10 \
+            --log_interval 5 --eval_tokens 65536 --out_dir "$scratch/gpt2-$model"
+        rm -rf "$scratch/gpt2-$model"
+    done
+}
+
+enwik8() {  # as GPT-2's tokens; a quarter of a minute
+    run python3 prepare_data.py --dataset enwik8-gpt2 --path "$corpora/enwik8.xz" --tokenizer gpt2
+}
+
+flags() {  # of a scheme, as in compare.py
+    case $1 in
+    absolute) echo --model nope --absolute ;;
+    fixed) echo --model composite --no-dynamic ;;
+    dynamic) echo --model composite --no-fixed ;;
+    nprf+rpe) echo --model kernelized ;;
+    *) echo --model "$1" ;;
+    esac
+}
+
+curves() {
+    local steps=${STEPS:-300} out
+    enwik8
+    for scheme in ${SCHEMES:-nope absolute rope alibi composite conv nprf+rpe}; do
+        out=$scratch/curves/$scheme
+        train $(flags "$scheme") --dataset enwik8-gpt2 --preset gpt2 --batch_size 32 --max_iters "$steps" \
+            --warmup_iters 30 --eval_interval 150 --eval_tokens 262144 --out_dir "$out"
+        mkdir -p "$results/curves/$scheme"
+        run cp "$out/log.csv" "$out/config.json" "$results/curves/$scheme"
+        rm -rf "$out"
+    done
+    run python3 experiments/curves.py "$results"/curves/*/ --out "$results/curves.png"
+}
+
+glue() {
+    local steps=${STEPS:-4000}
+    job() {
+        local out=$scratch/$1 results=$results/glue-$1
+        mkdir -p "$results"
+        train $(flags "$1") --preset bert_small --dataset enwik8-gpt2 --max_iters "$steps" --warmup_iters 400 \
+            --eval_interval 2000 --out_dir "$out"
+        run cp "$out/log.csv" "$out/config.json" "$results"
+        for task in order cola sst2 mrpc stsb rte; do
+            experiment finetune_glue --out_dirs "$out" --tasks $task --seeds "${SEEDS:-1}" --glue "$corpora/glue"
+        done
+    }
+    enwik8
+    at_once ${SCHEMES:-composite absolute fixed dynamic nope}
+}
+
+one_part() {
+    case $part in
+    steps) experiment speed --steps; experiment speed --convs ;;
+    speed) experiment speed ;;
+    variance) experiment attention_variance ;;
+    probes) experiment probe_position ;;
+    proofs | trainings | curves | glue) $part ;;
+    esac
+    rm -rf "$scratch"
+    tell_failed
+}
+
+parts=()
+for part in "${@:-}"; do
+    case $part in
+    proofs | trainings | steps | speed | variance | probes | curves | glue) parts+=("$part") ;;
+    check) parts+=(proofs trainings) ;;
+    evidence) parts+=(variance probes curves glue) ;;
+    *)
+        echo "on_gpu.sh: any of check (proofs, trainings), steps, speed, evidence (variance, probes, curves, glue)," \
+            "not '$part'" >&2
+        exit 2 ;;
+    esac
+done
+if [ -z "$quick" ] && ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' >/dev/null; then
     echo 'on_gpu.sh: there is no CUDA GPU here; QUICK=--quick tries a part on a CPU' >&2
     exit 2
 fi
 mkdir -p "$results"
-parts 2>&1 | tee "$results/$part.log"
+code=0
+for part in "${parts[@]}"; do
+    scratch=$(mktemp -d)
+    began=$SECONDS
+    one_part 2>&1 | tee "$results/$part.log"
+    [ "${PIPESTATUS[0]}" = 0 ] || code=1
+    echo "$part: $((SECONDS - began)) seconds"
+done
+exit $code

@@ -253,6 +253,8 @@ def main():
     args = arguments()
     names = short_names(args.out_dir)
     print(f'on {args.device}', flush=True)
+    if args.device.startswith('cuda'):
+        torch.set_float32_matmul_precision('high')  # TF32: its rounding is far below the noise of the probes
     rows = []
     if args.model or not args.out_dir:
         rows += probe_random(args)

@@ -3,6 +3,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -539,29 +540,39 @@ def test_laptop(run, checkouts):
 
 
 def test_on_gpu(tmp_path):
-    """What fails does not stop a part; it is named at the end, and the log has all that was printed."""
+    """What fails does not stop a part; it is named at the end, and the logs have all that was printed."""
     (tmp_path / 'experiments').mkdir()
     shutil.copy(REPO / 'experiments/on_gpu.sh', tmp_path / 'experiments')
-    fake = tmp_path / 'python'
+    fake = tmp_path / 'python3'
     fake.write_text('#!/bin/sh\necho "ran $*, unbuffered $PYTHONUNBUFFERED"\n'
-                    'case "$*" in *conv*|*equiv*) exit 1;; esac\n')
+                    'case "$*" in *"model conv"*|*"chapter 8 kernel"*) exit 1;; esac\n')
     fake.chmod(0o755)
-    env = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
+    env = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SCHEMES': '', 'RESULTS': ''}
 
-    def part(name, **more):
-        done = subprocess.run(['bash', tmp_path / 'experiments/on_gpu.sh', name], env={**env, **more}, text=True,
+    def parts(*names, **more):
+        done = subprocess.run(['bash', tmp_path / 'experiments/on_gpu.sh', *names], env={**env, **more}, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         return done.returncode, done.stdout
-    code, out = part('check')
-    assert code == 1 and out.count('ran train.py') == 4 and ', unbuffered 1' in out
-    assert out.splitlines()[-2].startswith('FAILED: python test_equivalence.py')
-    assert out.splitlines()[-1].startswith('FAILED: python train.py --model conv ')
-    assert (tmp_path / 'experiments/results/check.log').read_text() == out
-    code, out = part('evidence', QUICK='--quick')
+    results = tmp_path / 'experiments/results'
+    code, out = parts('check')
+    assert code == 1 and ', unbuffered 1' in out
+    assert out.count('ran test_equivalence.py --chapter 8') == 5 and out.count('ran test_equivalence.py') == 12
+    assert out.count('ran -c import torch, train') == 8 + 3 + 2 and out.count('ran sample.py') == 11
+    failed = [line for line in out.splitlines() if line.startswith('FAILED: ')]
+    assert failed[:2] == ['FAILED: python3 test_equivalence.py --chapter 8 kernelized', 'FAILED: proofs kernelized']
+    assert failed[2].startswith('FAILED: python3 -c import torch, train')
+    assert failed[-1] == 'FAILED: trainings masked-conv'
+    assert 'chapter 8 kernelized' in (results / 'proofs-kernelized.log').read_text()
+    assert (results / 'proofs.log').read_text() + (results / 'trainings.log').read_text() in re.sub(
+        r'\w+: \d+ seconds\n', '', out)
+    code, out = parts('variance', 'probes', QUICK='--quick')
     assert code == 0 and out.count('--quick --results out/quick') == 4
-    assert (tmp_path / 'out/quick/evidence.log').exists()
-    assert part('speed')[1].count('ran experiments/speed.py --results experiments/results') == 1
-    assert part('nothing')[0] == 2
+    assert (tmp_path / 'out/quick/probes.log').exists()
+    code, out = parts('glue', SCHEMES='nope fixed', RESULTS='here')
+    assert out.count('--preset bert_small') == 4 and 'train.main' in out and out.count('ran experiments/finetune') == 12
+    assert '--results here/glue-fixed' in out
+    assert parts('speed')[1].count('ran experiments/speed.py --results experiments/results') == 1
+    assert parts('curves', 'nothing')[0] == parts()[0] == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -148,3 +148,30 @@ def test_missing_baselines_are_named(monkeypatch, capsys):
     for name in BASELINES:
         assert f'not checked: model_{name}.py is not here' in lines
     assert '0 rows, 5 cases, 0 rows failed' in lines
+
+
+@pytest.mark.parametrize('claim', ['models_in_bfloat16', 'compiled_training_steps', 'one_of_many_processes'])
+def test_the_chapter_for_gpus_runs_on_a_cpu(monkeypatch, claim):
+    """What a GPU will run, with a compiler that makes no code: it does not fail for a reason of its own."""
+    import test_equivalence as proofs
+    monkeypatch.setattr(proofs, 'DEVICE', 'cpu')
+    monkeypatch.setattr(proofs, 'COMPILER', 'aot_eager')
+    monkeypatch.setattr(proofs, 'CHOSEN', ['nope'])
+    monkeypatch.setattr(proofs, 'SIDES', proofs.SIDES[:1])
+    vars(proofs)[f'test_{claim}']()  # raises if a case fails
+    cases = dict(models_in_bfloat16=4, compiled_training_steps=3, one_of_many_processes=1)
+    assert len(proofs.CASES) == cases[claim] and all(case.badness < 0.5 for case in proofs.CASES)
+
+
+def test_the_chapter_for_gpus_sees_a_wrong_compiler(monkeypatch):
+    """A compiler that makes the loss a tenth smaller."""
+    import test_equivalence as proofs
+    monkeypatch.setattr(proofs, 'DEVICE', 'cpu')
+    monkeypatch.setattr(proofs, 'CHOSEN', ['nope'])
+    monkeypatch.setattr(proofs, 'SIDES', proofs.SIDES[:1])
+
+    def wrong(graph, _):
+        return lambda *inputs: [y * 0.9 if y.dim() == 0 else y for y in graph(*inputs)]
+    monkeypatch.setattr(proofs, 'COMPILER', wrong)
+    with pytest.raises(AssertionError, match='float32, compiled = float32, not compiled'):
+        proofs.test_compiled_training_steps()

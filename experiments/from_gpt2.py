@@ -2,7 +2,7 @@
 GPT-2's own weights as a run of ours, with its own positions or with another scheme.
 
     python experiments/from_gpt2.py --size gpt2 --out_dir out/gpt2            # fetched through huggingface_hub: 0.5 GB
-    python experiments/from_gpt2.py --path FOLDER --out_dir out/gpt2          # a copy: config.json and model.safetensors
+    python experiments/from_gpt2.py --path FOLDER --out_dir out/gpt2          # a copy of the hub's files
     python experiments/from_gpt2.py --size gpt2 --model composite --drop_positions --out_dir out/gpt2-composite
     python sample.py --out_dir out/gpt2 --prompt "The capital of France is"
     python train.py --eval_only --out_dir out/gpt2                            # on WikiText-2
@@ -17,7 +17,7 @@ Radford et al. 2019 is model_nope.py with --absolute and --bias. Three things ar
   all be far below 0.) sample.py never draws one of them.
 * GPT-2 has the tanh approximation of GELU, our MLP the exact one: experiments/README.md says what it costs.
 With another scheme its kernels start at zero (convolutions before the attention: at one for the token itself), so that
-the model begins as GPT-2. Schemes that have no kernels, and kernelized attention, begin as something else.
+the model begins as GPT-2. Kernelized attention, rope, alibi and cape begin as something else.
 """
 import argparse
 import dataclasses
@@ -59,7 +59,7 @@ def download(size):
 
 
 def read_shape(folder):
-    """config.json of the hub -> the fields of our Config that it decides. Another architecture than GPT-2 is refused."""
+    """config.json of the hub -> the fields of our Config that it decides. Anything but a GPT-2 is refused."""
     path = folder / 'config.json'
     try:
         theirs = json.loads(path.read_text(encoding='utf-8'))
@@ -151,8 +151,11 @@ def transplant(weights, model):
 
     What the scheme adds starts at zero, so that nothing changes before the first step, with the exceptions in KEPT. A
     convolution that queries, keys or values pass through starts at one for the token itself. wpe.weight is left out
-    where the model has no absolute positions. ValueError where another tensor has no place.
+    where the model has no absolute positions. ValueError where another tensor has no place, or one is lacking.
     """
+    needed = {f'h.{len(model.h) - 1}.ln_1.weight', *(['wpe.weight'] if model.wpe is not None else [])}
+    if needed - weights.keys():
+        raise ValueError(f'the weights are of another model: they lack {", ".join(sorted(needed - weights.keys()))}')
     kept = KEPT.get(model.__module__, ())
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -168,7 +171,7 @@ def transplant(weights, model):
 
 
 def begin_run(words, weights, meta):
-    """Write a run of train.py that has made no step yet, and begins with these weights -> its folder, what is new in it.
+    """Write a run of train.py that begins with these weights, at step 0 -> its folder, what the scheme adds to them.
 
     words: flags of train.py, vocab_size and --out_dir among them. meta: what sample.py and train.py ask about the
     tokens. weights: a state dict of model_nope.py.

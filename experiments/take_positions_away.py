@@ -28,8 +28,8 @@ from lib import common_flags, parse, positive, pyplot, save, write_csv
 import common
 from common import die
 
-OURS = ('config model objective absolute seed dataset max_iters warmup_iters learning_rate eval_interval out_dir resume '
-        'overwrite vocab_size').split()  # flags of train.py that are set here
+OURS = ('config model objective absolute vocab_size dataset seed max_iters warmup_iters learning_rate eval_interval '
+        'out_dir resume overwrite').split()  # flags of train.py that are set here
 CONTROL = 'absolute'
 
 
@@ -59,7 +59,8 @@ def fine_tune(base, base_out, name, flags, seed, args):
     words = ['--config', str(base_out / 'config.json'), *args.train, '--vocab_size', str(base['config']['vocab_size']),
              '--dataset', args.dataset or base['settings']['dataset'], '--out_dir', str(out), '--seed', str(seed),
              '--max_iters', str(args.steps), '--eval_interval', str(args.steps // 10),
-             '--warmup_iters', str(args.steps // 10), '--learning_rate', str(args.learning_rate), '--no-absolute', *flags]
+             '--warmup_iters', str(args.steps // 10), '--learning_rate', str(args.learning_rate),
+             '--no-absolute', *flags]
     check_run(out, words)
     if not (out / 'ckpt_last.pt').exists():
         begin_run([*words, '--overwrite'], base['model'], base['meta'])

@@ -23,12 +23,13 @@ HUB = dict(model_type='gpt2', activation_function='gelu_new', vocab_size=VOCAB, 
 
 
 def hub_weights():
-    """GPT-2's tensors by the hub's names, large enough that each matters; all logits are far below 0, as GPT-2's are."""
+    """GPT-2's tensors by the hub's names, large enough that each matters; the mean logit is far below 0."""
     shapes = {'wte.weight': (VOCAB, C), 'wpe.weight': (BLOCK, C), 'ln_f.weight': (C,), 'ln_f.bias': (C,)}
     for i in range(LAYERS):
         for name in ('ln_1', 'ln_2'):
             shapes |= {f'h.{i}.{name}.weight': (C,), f'h.{i}.{name}.bias': (C,)}
-        for name, out, width in (('attn.c_attn', 3, 1), ('attn.c_proj', 1, 1), ('mlp.c_fc', 4, 1), ('mlp.c_proj', 1, 4)):
+        for name, out, width in (('attn.c_attn', 3, 1), ('attn.c_proj', 1, 1), ('mlp.c_fc', 4, 1),
+                                 ('mlp.c_proj', 1, 4)):
             shapes |= {f'h.{i}.{name}.weight': (width * C, out * C), f'h.{i}.{name}.bias': (out * C,)}
     generator = torch.Generator().manual_seed(1)
     weights = {name: 0.4 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -70,7 +71,7 @@ def write_hub(folder, tensors, kind='safetensors', config=HUB):
 
 
 def gpt2(w, idx, positions=True):
-    """GPT-2 in float64, from the hub's tensors and the paper: logits (T, vocabulary) of ids (T,), one head at a time."""
+    """GPT-2 in float64, by the hub's tensors, one head at a time: ids (T,) -> logits (T, vocabulary)."""
     w = {name: tensor.double() for name, tensor in w.items()}
     T, hs = len(idx), C // HEADS
 
@@ -158,9 +159,11 @@ def test_rows_that_fill_up_the_vocabulary(run, hub):
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision_becomes_float32(run, tmp_path, dtype):
+    """Nothing is rounded a second time, not even the mean of the rows."""
     weights = {name: tensor.to(dtype) for name, tensor in hub_weights().items()}
-    logits = loaded(convert(run, write_hub(tmp_path / 'hub', weights)))(IDS[None])[0][0, :, :VOCAB]
-    assert (logits - gpt2(weights, IDS)).abs().max() < 1e-10
+    ours, filled = loaded(convert(run, write_hub(tmp_path / 'hub', weights)))(IDS[None])[0][0].split((VOCAB, 47), -1)
+    assert (ours - gpt2(weights, IDS)).abs().max() < 1e-10
+    assert (filled - ours.mean(-1, keepdim=True)).abs().max() < 1e-5
 
 
 ALL_CONVOLUTIONS = '--queries_keys --values --lightweight --dynamic --output'.split()
@@ -190,7 +193,7 @@ def test_other_schemes_begin_as_gpt2(run, hub, name, flags, own, drop):
 
 @pytest.mark.parametrize('name', [name for name in MODELS + BASELINES if name not in ('nope', 'composite', 'conv')])
 def test_schemes_that_begin_as_something_else(run, hub, name):
-    """They have GPT-2's weights all the same, and train: no scheme is known to from_gpt2.py by more than its kernels."""
+    """They have GPT-2's weights all the same, and a finite loss."""
     model = loaded(convert(run, hub[0], '--model', name, '--drop_positions'))
     theirs = hub[1]['h.1.attn.c_attn.weight'].T
     assert torch.equal(model.h[1].attn.c_attn.weight, theirs.double()) and model.wpe is None
@@ -250,7 +253,7 @@ def refused(run, *words):
 
 
 def test_no_network(run, monkeypatch):
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(run.folder))  # there may be a copy in the usual one
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(run.folder))  # the usual one may have a copy
     error = refused(run, '--size', 'gpt2')
     assert 'gpt2 cannot be fetched' in error and 'Without a network, use --path with a copy' in error
 
@@ -387,6 +390,14 @@ def test_taking_away_goes_on_where_it_stopped(taken):
 def test_taking_away_refuses(run, words, message):
     run('experiments/take_positions_away.py', *words, code=2)
     assert message in run.err and run.err.count('\n') == 1
+
+
+def test_a_base_of_another_size_is_refused(taken):
+    """Layers that the base has not would be zero."""
+    words = [*taken.words, '--n_layer', 3]
+    words[1:1] = ['--base', 'out/take_positions_away/code-base', '--name', 'deep']
+    run = Run(taken.folder)(*words, code=2)
+    assert run.err == 'take_positions_away.py: the weights are of another model: they lack h.2.ln_1.weight\n'
 
 
 def test_only_positions_can_be_taken_away(trained):

@@ -163,7 +163,7 @@ def train_run(words, place):
     for number, handler in before.items():
         signal.signal(number, handler)
     if code:
-        print(f'compare.py: stopped in {place}; the same command goes on there', file=sys.stderr)
+        print(f'{Path(sys.argv[0]).name}: stopped in {place}; the same command goes on there', file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)  # minus the signal that ended it
 
 

@@ -8,7 +8,7 @@
 #     proofs           4  chapter 8 of test_equivalence.py on the GPU, the others on the CPU
 #     trainings        4  every model trains, resumes, samples; torchrun; GPT-2's size
 #     check            8  proofs, then trainings
-#     steps            4  training steps at GPT-2 124M size; depthwise convolutions
+#     steps            8  training steps at GPT-2 124M size, also of 8,192 tokens and by cuDNN; depthwise convolutions
 #     speed            4  every form of attention, 512 to 65,536 tokens: time and memory
 #     variance         1  variance of attention at the paper's size
 #     probes           5  probes of the position at the paper's size
@@ -17,15 +17,16 @@
 #     evidence        24  variance, probes, curves, glue
 #
 # Where a command may take ten minutes and only what it leaves in a folder comes back, end it before and pack the
-# results. Six commands, each under ten minutes, in this order:
+# results. Seven commands, each under ten minutes, in this order:
 #
 #     export TMPDIR=/dev/shm CORPORA=corpora RESULTS=out/gpu
 #     timeout 560 bash experiments/on_gpu.sh check;                                    tar czf FOLDER/1.tgz out/gpu
-#     timeout 560 bash experiments/on_gpu.sh steps speed variance;                     tar czf FOLDER/2.tgz out/gpu
-#     SCHEMES='nope absolute composite' timeout 560 bash experiments/on_gpu.sh curves; tar czf FOLDER/3.tgz out/gpu
-#     SCHEMES='rope alibi conv nprf+rpe' timeout 560 bash experiments/on_gpu.sh curves; tar czf FOLDER/4.tgz out/gpu
-#     timeout 560 bash experiments/on_gpu.sh glue;                                     tar czf FOLDER/5.tgz out/gpu
-#     timeout 560 bash experiments/on_gpu.sh probes;                                   tar czf FOLDER/6.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh steps;                                    tar czf FOLDER/2.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh speed variance;                           tar czf FOLDER/3.tgz out/gpu
+#     SCHEMES='nope absolute composite' timeout 560 bash experiments/on_gpu.sh curves; tar czf FOLDER/4.tgz out/gpu
+#     SCHEMES='rope alibi conv nprf+rpe' timeout 560 bash experiments/on_gpu.sh curves; tar czf FOLDER/5.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh glue;                                     tar czf FOLDER/6.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh probes;                                   tar czf FOLDER/7.tgz out/gpu
 #
 # A table is written row by row, a log line by line, so what was done when the time ended is there. A command that fails
 # does not stop a part: it is named at the end, and the script exits with 1. Nothing is downloaded. Without `datasets`
@@ -33,8 +34,9 @@
 #
 # RESULTS: folder of tables, pictures and logs (default experiments/results). CORPORA: folder with enwik8.xz, with
 # glue/CoLA/train.tsv.xz, ..., and with tiktoken_cache/, the vocabulary of GPT-2 (default corpora). TMPDIR: checkpoints,
-# up to 3 GB at a time. SCHEMES: of curves and glue. STEPS: of their trainings. SEEDS: of fine-tuning. QUICK=--quick
-# tries a part on a CPU at small sizes (proofs compile there, too: many minutes); RESULTS is out/quick then.
+# up to 3 GB at a time. NANOGPT: a checkout of nanoGPT, timed in the steps, too. SCHEMES: of curves and glue. STEPS: of
+# their trainings. SEEDS: of fine-tuning. QUICK=--quick tries a part on a CPU at small sizes (proofs compile there, too:
+# many minutes); RESULTS is out/quick then.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_COMPILE_THREADS=8
@@ -168,9 +170,18 @@ glue() {
     at_once ${SCHEMES:-composite absolute fixed dynamic nope}
 }
 
+steps() {
+    local other=(${NANOGPT:+--nanogpt "$NANOGPT"})
+    experiment speed --steps ${other[@]+"${other[@]}"}
+    experiment speed --convs
+    [ -z "$quick" ] || return
+    experiment speed --steps ${other[@]+"${other[@]}"} --cudnn
+    experiment speed --steps ${other[@]+"${other[@]}"} --block_size 8192
+}
+
 one_part() {
     case $part in
-    steps) experiment speed --steps; experiment speed --convs ;;
+    steps) steps ;;
     speed) experiment speed ;;
     variance) experiment attention_variance ;;
     probes) experiment probe_position ;;

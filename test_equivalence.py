@@ -529,8 +529,11 @@ def kernelized_inputs(n, reach, m=6):
 def decode(q, k, v, b, valid, pieces):
     """Feed a text in pieces -> (B, nh, T, hs) and the state at its end."""
     state = {}
-    parts = zip(q.split(pieces, 2), k.split(pieces, 2), v.split(pieces, 2), valid.split(pieces, 1))
-    y = [kernelized.attend_recurrent(q, k, v, b, seen, state) for q, k, v, seen in parts]
+    y = []
+    end = 0
+    for q, k, v in zip(q.split(pieces, 2), k.split(pieces, 2), v.split(pieces, 2)):
+        end += q.size(2)
+        y.append(kernelized.attend_recurrent(q, k, v, b, valid[:, :end], state))
     return torch.cat(y, 2), state
 
 

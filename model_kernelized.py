@@ -397,7 +397,7 @@ def attend_fft(q, k, v, b, causal=True, valid=None):
 
 
 def attend_sums(q, k, v, valid=None):
-    """attend_dense without b, on both sides: all keys have the same weight, so that one sum serves every query, in O(T).
+    """attend_dense without b, both sides, in O(T): all keys have the same weight, so that one sum serves every query.
 
     q, k (B, nh, T, m): features; v (B, nh, T, hs). valid (B, T) bool: False is padding. Returns (B, nh, T, hs).
     """
@@ -462,9 +462,8 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
     q, k, v = [F.pad(x, (0, 0, 0, filler)).view(B, nh, n_chunks, chunk, -1) for x in (q, k, v)]
 
     def near(x):  # (B, nh, n_chunks, chunk, f) -> (B, nh, n_chunks, n_near chunk, f), zeros beyond the ends
-        n = x.size(2)
-        x = F.pad(x, (0, 0, 0, 0, reach, n_near - reach - 1))
-        return torch.cat([x[:, :, r:r + n] for r in range(n_near)], 3)
+        padded = F.pad(x, (0, 0, 0, 0, reach, n_near - reach - 1))
+        return torch.cat([padded[:, :, r:r + x.size(2)] for r in range(n_near)], 3)
 
     def sum_before(x):  # running sums over the chunks before the near ones; the same shape
         return F.pad(x.cumsum(2), (0, 0, 0, 0, reach + 1, 0))[:, :, :x.size(2)]
@@ -472,14 +471,12 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
     def sum_after(x):
         return sum_before(x.flip(2)).flip(2)
 
+    few = n_chunks
     if valid is None:  # the weights are those of a short text, whose middle chunk stands for many
         few = min(n_chunks, reach + 3 if causal else 2 * reach + 3)
-        seen = F.pad(b.new_ones(1, few * chunk - filler, dtype=torch.bool), (0, filler)).view(1, 1, few, chunk, 1)
-        shown = k
-    else:
-        few = n_chunks
-        seen = F.pad(valid, (0, filler)).view(B, 1, n_chunks, chunk, 1)
-        shown = k * seen
+    seen = b.new_ones(1, few * chunk - filler, dtype=torch.bool) if valid is None else valid
+    seen = F.pad(seen, (0, filler)).view(-1, 1, few, chunk, 1)
+    shown = k if valid is None else k * seen
 
     def spread(x):  # (..., few, i, j) -> (..., n_chunks, i, j)
         middle = x[:, :, reach + 1:reach + 2].expand(-1, -1, n_chunks - few, -1, -1)

@@ -561,6 +561,11 @@ def test_dense_fft_and_chunked_are_equation_10():
         if not padded:
             compare('FFT = equation 10', case, kernelized.attend_fft_plain, equation_10, inputs, 1e-10, least=1,
                     causal=causal)
+        if reach == 0 and not causal:
+            zero = torch.zeros(H, 1).double()
+            exact = with_gradients(lambda q, k, v: equation_10(q, k, v, zero, False, valid), inputs[:3])
+            sums = with_gradients(lambda q, k, v: kernelized.attend_sums(q, k, v, valid), inputs[:3])
+            check('plain sums = equation 10 without b, both sides', case, sums, exact, 1e-11, least=1)
         for chunk in (1, 2, 4, 7, 23, 64):
             chunked = partial(kernelized.attend_chunked, chunk=chunk)
             compare('chunked = equation 10', f'{case}, chunks of {chunk}', chunked, equation_10, inputs, 1e-11, **known)

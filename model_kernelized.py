@@ -86,7 +86,7 @@ def features(x, w, kind='prf', stable=False):
             scale = torch.ones_like(half_square) if stable else half_square.exp()
             return torch.cat((wx.sin(), wx.cos()), -1) * scale / math.sqrt(w.size(0))
         shift = wx.detach().amax(-1, keepdim=True) if stable else half_square
-        return (wx - shift).exp() / math.sqrt(w.size(0))
+        return wx.sub_(shift + math.log(w.size(0)) / 2).exp_()  # in place: the backward pass needs the result only
 
 
 def visible(T, S, causal=True, valid=None, device=None):
@@ -140,8 +140,7 @@ def attend_dense(q, k, v, b, causal=True, valid=None):
 
 def divide(y, total, least=1e-30):
     """y / total, and 0 where |total| <= least: there all features have vanished, and the gradient has 1 / total^2."""
-    gone = total.abs() <= least
-    return (y / total.masked_fill(gone, 1)).masked_fill(gone, 0)
+    return y / total.masked_fill(total.abs() <= least, math.inf)
 
 
 def toeplitz_fft(c, x):
@@ -211,23 +210,27 @@ class Attention(nn.Module):
     def forward(self, x, valid=None, state=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, nh, T, hs)
+        qk, v = qkv.transpose(1, 3).split((2, 1), 2)  # (B, nh, 2, T, hs), (B, nh, 1, T, hs)
         if self.normalize:  # Algorithm 1; eps bounds the gradient where a vector is zero
-            q = F.normalize(q, dim=-1, eps=1e-4)
-            k = F.normalize(k, dim=-1, eps=1e-4)
+            qk = F.normalize(qk, dim=-1, eps=1e-4)
+            q, k = features(qk, self.w, self.kind).unbind(2)  # each (B, nh, T, m)
         else:
-            q = q * q.size(-1) ** -0.25
-            k = k * k.size(-1) ** -0.25
-        q = features(q, self.w, self.kind, stable=not self.normalize)  # (B, nh, T, m)
-        k = features(k, self.w, self.kind)  # (B, nh, T, m)
+            q, k = (qk * qk.size(-1) ** -0.25).unbind(2)
+            q = features(q, self.w, self.kind, stable=True)  # (B, nh, T, m)
+            k = features(k, self.w, self.kind)  # (B, nh, T, m)
+        v = v.squeeze(2)  # (B, nh, T, hs)
+        q = q.to(v.dtype)  # bfloat16 under autocast: half the memory; sums over the keys stay float32
+        k = k.to(v.dtype)
         b = self.w.new_zeros(self.n_head, 1) if self.b is None else self.b
         long = T >= 256 and T > b.size(-1)  # chunks are quicker then
         if state is not None:
-            y = attend_recurrent(q, k, v, b, None if valid is None else valid[:, -T:], state)
+            y = attend_recurrent(q, k, v, b, valid, state)
         elif self.attention == 'fft':
             y = attend_fft(q, k, v, b, self.causal, valid)
+        elif self.attention == 'auto' and self.b is None and not self.causal:
+            y = attend_sums(q, k, v, valid)
         elif self.attention == 'chunked' or (self.attention == 'auto' and long):
-            y = attend_chunked(q, k, v, b, self.causal, valid)
+            y = attend_chunked(q, k, v, b, self.causal, valid, 128 if x.is_cuda else 64)
         else:
             y = attend_dense(q, k, v, b, self.causal, valid)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -393,20 +396,46 @@ def attend_fft(q, k, v, b, causal=True, valid=None):
         return divide(y[..., :-1], y[..., -1:], noise).to(v.dtype)
 
 
-def attend_near_and_far(q, k, v, bias, far):
-    """Attention to near keys by a matrix, and to far keys, which share one weight, by their sums.
+def attend_sums(q, k, v, valid=None):
+    """attend_dense without b, both sides, in O(T): all keys have the same weight, so that one sum serves every query.
 
-    q (..., T, m), k (..., S, m), v (..., S, hs), bias (..., T, S): log-weights, -inf where a key is not seen.
-    far: a list of (log-weight (..., 1, 1), sum of phi(k)^T v (..., m, hs), sum of phi(k) (..., 1, m)).
+    q, k (B, nh, T, m): features; v (B, nh, T, hs). valid (B, T) bool: False is padding. Returns (B, nh, T, hs).
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    shown = k if valid is None else k * valid[:, None, :, None]
+    kv = shown.transpose(2, 3) @ v  # (B, nh, m, hs)
+    k_sum = shown.sum(2, dtype=wide)  # (B, nh, m)
+    y = q @ kv
+    with torch.autocast(q.device.type, enabled=False):
+        total = q.to(wide) @ k_sum[..., None]  # (B, nh, T, 1)
+        if valid is not None:  # padding sees itself
+            own = (q * (k - shown)).sum(-1, keepdim=True, dtype=wide)
+            y = y + own * v
+            total = total + own
+        return divide(y, total).to(v.dtype)
+
+
+def relative_weights(bias, far):
+    """exp(bias), and of each log-weight of far keys its exp, all divided by the largest of a row.
+
+    bias (..., T, S): log-weights, -inf where a key is not seen. far: a list of log-weights (..., 1, 1).
     """
     largest = bias.detach().amax(-1, keepdim=True)  # (..., T, 1)
-    for log_weight, _, _ in far:
+    for log_weight in far:
         largest = torch.maximum(largest, log_weight.detach())
-    att = (q @ k.transpose(-2, -1)) * (bias - largest).exp()  # (..., T, S)
+    return (bias - largest).exp(), [(log_weight - largest).exp() for log_weight in far]
+
+
+def attend_near_and_far(q, k, v, weights, far):
+    """Attention to near keys by a matrix, and to far keys, which share one weight, by their sums.
+
+    q (..., T, m), k (..., S, m), v (..., S, hs), weights (..., T, S).
+    far: a list of (weight (..., T, 1), sum of phi(k)^T v (..., m, hs), sum of phi(k) (..., 1, m)).
+    """
+    att = (q @ k.transpose(-2, -1)) * weights  # (..., T, S)
     y = att.to(v.dtype) @ v
     total = att.sum(-1, keepdim=True)
-    for log_weight, kv, k_sum in far:
-        weight = (log_weight - largest).exp()
+    for weight, kv, k_sum in far:
         y = y + weight * (q @ kv.to(q.dtype))
         total = total + weight * (q * k_sum).sum(-1, keepdim=True)
     return divide(y, total).to(v.dtype)
@@ -422,7 +451,7 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
                  chunk 1    n n
                  chunk 2    f n n               Without the causal mask also the mirror image, with b_R.
                  chunk 3    f f n n
-                 chunk 4    f f f n n
+                 chunk 4    f f f n n           Chunk 3 has the weights of chunk 2: without padding they are made once.
     """
     B, nh, T, m = q.shape
     R = b.size(-1) // 2
@@ -430,38 +459,46 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
     reach = min(max(0, -(-(R - 1) // chunk)), n_chunks - 1)  # all other chunks are at R tokens or more
     n_near = reach + 1 if causal else 2 * reach + 1
     filler = n_chunks * chunk - T
-    valid = q.new_ones(1, T, dtype=torch.bool) if valid is None else valid
-    valid = F.pad(valid, (0, filler)).view(-1, 1, n_chunks, chunk, 1)
     q, k, v = [F.pad(x, (0, 0, 0, filler)).view(B, nh, n_chunks, chunk, -1) for x in (q, k, v)]
 
     def near(x):  # (B, nh, n_chunks, chunk, f) -> (B, nh, n_chunks, n_near chunk, f), zeros beyond the ends
-        x = F.pad(x, (0, 0, 0, 0, reach, n_near - reach - 1))
-        return torch.cat([x[:, :, r:r + n_chunks] for r in range(n_near)], 3)
+        padded = F.pad(x, (0, 0, 0, 0, reach, n_near - reach - 1))
+        return torch.cat([padded[:, :, r:r + x.size(2)] for r in range(n_near)], 3)
 
     def sum_before(x):  # running sums over the chunks before the near ones; the same shape
-        return F.pad(x.cumsum(2), (0, 0, 0, 0, reach + 1, 0))[:, :, :n_chunks]
+        return F.pad(x.cumsum(2), (0, 0, 0, 0, reach + 1, 0))[:, :, :x.size(2)]
 
     def sum_after(x):
         return sum_before(x.flip(2)).flip(2)
 
+    few = n_chunks
+    if valid is None:  # the weights are those of a short text, whose middle chunk stands for many
+        few = min(n_chunks, reach + 3 if causal else 2 * reach + 3)
+    seen = b.new_ones(1, few * chunk - filler, dtype=torch.bool) if valid is None else valid
+    seen = F.pad(seen, (0, filler)).view(-1, 1, few, chunk, 1)
+    shown = k if valid is None else k * seen
+
+    def spread(x):  # (..., few, i, j) -> (..., n_chunks, i, j)
+        middle = x[:, :, reach + 1:reach + 2].expand(-1, -1, n_chunks - few, -1, -1)
+        return x if few == n_chunks else torch.cat((x[:, :, :reach + 1], middle, x[:, :, reach + 1:]), 2)
+
     i = torch.arange(chunk, device=q.device)[:, None]
     j = torch.arange(n_near * chunk, device=q.device) - reach * chunk
-    see = near(valid).transpose(3, 4) | (i == j)  # (1 or B, 1, n_chunks, chunk, n_near chunk)
+    see = near(seen).transpose(3, 4) | (i == j)  # (1 or B, 1, few, chunk, n_near chunk)
     if causal:
         see = see & (j <= i)
     bias = along_diagonals(b[:, None].expand(-1, chunk, -1), reach * chunk, n_near * chunk)[:, None]
-    bias = bias.masked_fill(~see, float('-inf'))  # (1 or B, nh, n_chunks, chunk, n_near chunk)
+    bias = bias.masked_fill(~see, float('-inf'))  # (1 or B, nh, few, chunk, n_near chunk)
+    count = seen.sum(3, keepdim=True)  # (1 or B, 1, few, 1, 1)
+    sides = ((b[:, 0], sum_before), (b[:, -1], sum_after))[:1 if causal else 2]
+    ends = [end[:, None, None, None].masked_fill(add_up(count) == 0, float('-inf')) for end, add_up in sides]
+    weights, ends = relative_weights(bias, ends)
 
     wide = torch.promote_types(q.dtype, torch.float32)
-    shown = k * valid
     kv = (shown.transpose(3, 4) @ v.to(shown.dtype)).to(wide)  # (B, nh, n_chunks, m, hs)
     k_sum = shown.sum(3, keepdim=True, dtype=wide)  # (B, nh, n_chunks, 1, m)
-    count = valid.sum(3, keepdim=True)  # (1 or B, 1, n_chunks, 1, 1)
-    far = []
-    for end, add_up in ((b[:, 0], sum_before), (b[:, -1], sum_after))[:1 if causal else 2]:
-        log_weight = end[:, None, None, None].masked_fill(add_up(count) == 0, float('-inf'))
-        far.append((log_weight, add_up(kv), add_up(k_sum)))
-    y = attend_near_and_far(q, near(k), near(v), bias, far)  # (B, nh, n_chunks, chunk, hs)
+    far = [(spread(end), add_up(kv), add_up(k_sum)) for end, (_, add_up) in zip(ends, sides)]
+    y = attend_near_and_far(q, near(k), near(v), spread(weights), far)  # (B, nh, n_chunks, chunk, hs)
     return y.view(B, nh, n_chunks * chunk, -1)[:, :, :T]
 
 
@@ -469,29 +506,39 @@ def attend_recurrent(q, k, v, b, valid, state):
     """The next T tokens of a text, causal, in time and memory that do not grow with its length. Returns (B, nh, T, hs).
 
     state keeps the last R keys and values, and of all keys before them kv (B, nh, m, hs) and k_sum (B, nh, 1, m), sums
-    in at least float32, and any (B,): whether there was one. A first piece is cheap at any length, a later one of T
-    tokens makes a (T, R+T) matrix.
+    in at least float32. valid (B, all tokens so far) bool, or None: False is padding. A first piece is cheap at any
+    length, a later one of T tokens makes a (T, R+T) matrix.
     """
     T = q.size(2)
-    valid = q.new_ones(q.size(0), T, dtype=torch.bool) if valid is None else valid
     if 'k' in state:
         k = torch.cat((state['k'], k), 2)  # (B, nh, S, m)
         v = torch.cat((state['v'], v), 2)
-        valid = torch.cat((state['valid'], valid), 1)
         S = k.size(2)
-        bias = along_diagonals(b[:, None].expand(-1, T, -1), S - T, S)[None]
-        bias = bias.masked_fill(~visible(T, S, True, valid, q.device), float('-inf'))  # (B, nh, T, S)
-        log_weight = b[:, :1, None].masked_fill(~state['any'][:, None, None, None], float('-inf'))  # (B, nh, 1, 1)
-        y = attend_near_and_far(q, k, v, bias, [(log_weight, state['kv'], state['k_sum'])])
+        bias = along_diagonals(b[:, None].expand(-1, T, -1), S - T, S)[None]  # (1, nh, T, S)
+        if T > 1 or valid is not None:
+            near = None if valid is None else valid[:, -S:]
+            bias = bias.masked_fill(~visible(T, S, True, near, q.device), float('-inf'))  # (B, nh, T, S)
+        ends = [b[:, :1, None]] if state['far'] else []  # (nh, 1, 1)
+        if ends and valid is not None:
+            seen = valid[:, :-S].any(1)[:, None, None, None]  # whether there is a far key
+            ends = [ends[0].masked_fill(~seen, float('-inf'))]  # (B, nh, 1, 1)
+        weights, ends = relative_weights(bias, ends)
+        y = attend_near_and_far(q, k, v, weights, [(end, state['kv'], state['k_sum']) for end in ends])
     else:
-        state.update(kv=0, k_sum=0, any=valid.new_zeros(valid.size(0)))
         y = attend_chunked(q, k, v, b, True, valid)
-    old = max(0, k.size(2) - b.size(-1) // 2)  # keys at R tokens or more from all that follows
-    with torch.autocast(k.device.type, enabled=False):  # a sum in bfloat16 would soon stop growing
-        wide = torch.promote_types(k.dtype, torch.float32)
-        shown = (k[:, :, :old] * valid[:, None, :old, None]).to(wide)
-        state['kv'] = state['kv'] + shown.transpose(2, 3) @ v[:, :, :old].to(wide)
-        state['k_sum'] = state['k_sum'] + shown.sum(2, keepdim=True)
-        state['any'] = state['any'] | valid[:, :old].any(1)
-    state.update(k=k[:, :, old:].clone(), v=v[:, :, old:].clone(), valid=valid[:, old:])
+    S = k.size(2)
+    old = max(0, S - b.size(-1) // 2)  # keys at R tokens or more from all that follows
+    if old or 'kv' not in state:
+        with torch.autocast(k.device.type, enabled=False):  # a sum in bfloat16 would soon stop growing
+            wide = torch.promote_types(k.dtype, torch.float32)
+            shown = k[:, :, :old].to(wide)
+            if valid is not None:
+                shown = shown * valid[:, -S:][:, None, :old, None]
+            state['kv'] = state.get('kv', 0) + shown.transpose(2, 3) @ v[:, :, :old].to(wide)
+            state['k_sum'] = state.get('k_sum', 0) + shown.sum(2, keepdim=True)
+            state['far'] = state.get('far', 0) + old  # how many keys are in the sums
+        k = k[:, :, old:]
+        v = v[:, :, old:]
+    state['k'] = k.clone() if T > 1 else k  # a clone, or the whole of a long piece would be kept
+    state['v'] = v.clone() if T > 1 else v
     return y

@@ -170,8 +170,24 @@ ERRORS = {
         '((b[:, -1], sum_before)'),
     'kernelized: running sums off by one chunk': (
         KERNELIZED,
-        'reach + 1, 0))[:, :, :n_chunks]',
-        'reach, 0))[:, :, :n_chunks]'),
+        'reach + 1, 0))[:, :, :x.size(2)]',
+        'reach, 0))[:, :, :x.size(2)]'),
+    'kernelized: weights of the first chunks repeated': (
+        KERNELIZED,
+        'middle = x[:, :, reach + 1:reach + 2]',
+        'middle = x[:, :, reach:reach + 1]'),
+    'kernelized: too few chunks have weights of their own': (
+        KERNELIZED,
+        'reach + 3 if causal',
+        'reach + 2 if causal'),
+    'kernelized: padding kept by the plain sums': (
+        KERNELIZED,
+        'k_sum = shown.sum(2, dtype=wide)',
+        'k_sum = k.sum(2, dtype=wide)'),
+    'kernelized: plain sums, padding does not see itself': (
+        KERNELIZED,
+        'total = total + own',
+        'total = total'),
     'kernelized: one near chunk too few': (
         KERNELIZED,
         'max(0, -(-(R - 1) // chunk))',
@@ -186,16 +202,16 @@ ERRORS = {
         'see = see & (j < chunk)'),
     'kernelized: queries and keys not normalised': (
         KERNELIZED,
-        'k = F.normalize(k, dim=-1, eps=1e-4)',
-        'k = k'),
+        'qk = F.normalize(qk, dim=-1, eps=1e-4)',
+        'qk = qk'),
     'kernelized: normalised over the whole sequence': (
         KERNELIZED,
-        'F.normalize(k, dim=-1, eps=1e-4)',
-        'F.normalize(k, dim=-2, eps=1e-4)'),
+        'F.normalize(qk, dim=-1, eps=1e-4)',
+        'F.normalize(qk, dim=-2, eps=1e-4)'),
     'kernelized: scale of plain random features': (
         KERNELIZED,
-        'k * k.size(-1) ** -0.25',
-        'k * k.size(-1) ** -0.5'),
+        'qk * qk.size(-1) ** -0.25',
+        'qk * qk.size(-1) ** -0.5'),
     'kernelized: norm of the keys left out': (
         KERNELIZED,
         'if stable else half_square\n',
@@ -206,24 +222,28 @@ ERRORS = {
         'k_sum = k.sum(3, keepdim=True'),
     'kernelized: padding kept by the FFT': (
         KERNELIZED,
-        'shown = k if valid is None else',
-        'shown = k if True else'),
+        'shown = k if valid is None else k * valid[:, None, :, None]\n\n',
+        'shown = k\n\n'),
     'kernelized: padding kept in the state': (
         KERNELIZED,
-        '(k[:, :, :old] * valid[:, None, :old, None])',
-        '(k[:, :, :old])'),
+        'shown = shown * valid[:, -S:]',
+        'shown = shown * valid.new_ones(valid.size(0), S)'),
     'kernelized: a key joins the sums too early': (
         KERNELIZED,
-        'old = max(0, k.size(2) - b.size(-1) // 2)',
-        'old = max(0, k.size(2) + 1 - b.size(-1) // 2)'),
+        'old = max(0, S - b.size(-1) // 2)',
+        'old = max(0, S + 1 - b.size(-1) // 2)'),
     'kernelized: state forgets the normaliser': (
         KERNELIZED,
-        "state['k_sum'] + shown",
-        "0 * state['k_sum'] + shown"),
+        "state.get('k_sum', 0) + shown",
+        "0 * state.get('k_sum', 0) + shown"),
     'kernelized: far keys never counted in the state': (
         KERNELIZED,
-        "state['any'] | valid[:, :old].any(1)",
-        "state['any']"),
+        "state.get('far', 0) + old",
+        "0"),
+    'kernelized: padding counted as a far key of the state': (
+        KERNELIZED,
+        'seen = valid[:, :-S].any(1)',
+        'seen = valid[:, :-S].all(1)'),
     'kernelized: orthogonal features with the signs of the algorithm': (
         KERNELIZED,
         'Q * R.diagonal().sign()',
@@ -234,8 +254,8 @@ ERRORS = {
         'least=0.0'),
     'kernelized: running sums in bfloat16': (
         KERNELIZED,
-        "state['kv'] + shown.transpose(2, 3) @ v[:, :, :old].to(wide)",
-        "(state['kv'] + shown.transpose(2, 3) @ v[:, :, :old].to(wide)).bfloat16().to(wide)"),
+        "state.get('kv', 0) + shown.transpose(2, 3) @ v[:, :, :old].to(wide)",
+        "(state.get('kv', 0) + shown.transpose(2, 3) @ v[:, :, :old].to(wide)).bfloat16().to(wide)"),
     'kernelized: largest log-weight of the future': (
         KERNELIZED,
         '(bias - largest).exp()  # (B, nh, T, m)',

@@ -138,10 +138,10 @@ def batch_share(settings):
 
 def on_device(run, rows):
     """(idx, targets, where) as tensors; to a GPU from pinned memory, by copies that nobody waits for."""
-    tensors = [None if a is None else torch.from_numpy(a) for a in rows]
-    if run.device.type == 'cuda':
-        tensors = [None if x is None else x.pin_memory() for x in tensors]
-    return [None if x is None else x.to(run.device, non_blocking=True) for x in tensors]
+    def put(a):
+        x = torch.from_numpy(a)
+        return x.pin_memory().to(run.device, non_blocking=True) if run.device.type == 'cuda' else x.to(run.device)
+    return [None if a is None else put(a) for a in rows]
 
 
 def micro_batches(run, step):

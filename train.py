@@ -39,7 +39,7 @@ class Settings:
     seed: int = 1  # decides the initial weights and, with the step number, each batch
     device: str = 'auto'  # auto (cuda > mps > cpu), cpu, cuda, cuda:N or mps
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 if GPU or CPU has it
-    compile: Literal['auto', 'on', 'off'] = 'auto'  # torch.compile; auto: on CUDA with Triton
+    compile: Literal['auto', 'on', 'off'] = 'auto'  # auto: on CUDA with Triton; on a CPU short runs do not repay it
     max_iters: int = 1000  # optimizer steps
     batch_size: int = 24  # sequences per optimizer step, over all processes and micro batches
     micro_batch_size: int = 0  # sequences per forward pass of one process; 0: its whole share of the batch at once

@@ -39,7 +39,7 @@ class Settings:
     seed: int = 1  # decides the initial weights and, with the step number, each batch
     device: str = 'auto'  # auto (cuda > mps > cpu), cpu, cuda, cuda:N or mps
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 if GPU or CPU has it
-    compile: Literal['auto', 'on', 'off'] = 'auto'  # torch.compile; auto: on CUDA with Triton
+    compile: Literal['auto', 'on', 'off'] = 'auto'  # auto: on CUDA with Triton; on a CPU short runs do not repay it
     max_iters: int = 1000  # optimizer steps
     batch_size: int = 24  # sequences per optimizer step, over all processes and micro batches
     micro_batch_size: int = 0  # sequences per forward pass of one process; 0: its whole share of the batch at once
@@ -138,10 +138,10 @@ def batch_share(settings):
 
 def on_device(run, rows):
     """(idx, targets, where) as tensors; to a GPU from pinned memory, by copies that nobody waits for."""
-    tensors = [None if a is None else torch.from_numpy(a) for a in rows]
-    if run.device.type == 'cuda':
-        tensors = [None if x is None else x.pin_memory() for x in tensors]
-    return [None if x is None else x.to(run.device, non_blocking=True) for x in tensors]
+    def put(a):
+        x = torch.from_numpy(a)
+        return x.pin_memory().to(run.device, non_blocking=True) if run.device.type == 'cuda' else x.to(run.device)
+    return [None if a is None else put(a) for a in rows]
 
 
 def micro_batches(run, step):

@@ -415,8 +415,8 @@ def main():
     parser.add_argument('--path', help='a file (.txt .gz .xz .jsonl .parquet) or a folder, instead of a download')
     parser.add_argument('--data_dir', default='data', help='where the data sets are (default data)')
     parser.add_argument('--overwrite', action='store_true', help='replace a data set of that name')
-    parser.add_argument('--check_data', action='store_true', help='only compare all of its ids with the vocabulary, and '
-                        'its checksums with meta.json; train.py does so by itself up to 1 GiB and 64 MiB a file')
+    parser.add_argument('--check_data', action='store_true', help='only compare its ids with the vocabulary and its '
+                        'checksums with meta.json; train.py does so by itself in files up to 1 GiB and 64 MiB')
     args = parser.parse_args()
     if args.path == '':
         die('--path must not be empty')

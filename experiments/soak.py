@@ -6,8 +6,8 @@ Kill it, again and again: what is lost? And what if the run goes on with other p
     python experiments/soak.py --other_python OTHER/bin/python     # goes on under that Python's torch too, and back
 
 Each kill is a SIGKILL: of prepare_data.py, or of train.py at a random moment of its training, in a validation or in the
-write of a checkpoint; of one process, or under torchrun of one of two or of all at once. After each, every file that is there
-must be whole. At the end, weights and log must be those of runs that nobody killed. Needs a POSIX system.
+write of a checkpoint; of one process, or under torchrun of one of two or of all at once. After each, the data set and
+the checkpoint must be whole. At the end, weights and log must be those of runs that nobody killed. Not for Windows.
 """
 import argparse
 import csv

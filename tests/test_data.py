@@ -191,7 +191,7 @@ def test_check_data_reads_all(here, main, refused, monkeypatch, capsys):
     assert f'data/novel: {len(RAW):,} ids, as {here / "novel.txt"} gave them' in capsys.readouterr().out
     for name in ('SMALL', 'MEDIUM'):
         monkeypatch.setattr(prepare_data, name, 100)
-    for value, part in ((0, 'train.bin: ValueError its checksum'), (256, 'holds the id 256, the vocabulary ends at 255')):
+    for value, part in ((0, 'train.bin: ValueError its checksum'), (256, 'id 256, the vocabulary ends at 255')):
         ids = np.memmap('data/novel/train.bin', np.uint16, 'r+')
         ids[3] = value
         ids.flush()

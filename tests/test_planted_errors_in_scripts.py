@@ -86,7 +86,7 @@ ERRORS = {
         'test_data.py::test_bytes_are_those_of_the_text_and_not_of_its_tokens'),
     'data: validation is the beginning of the text': (
         'prepare_data.py', 'offset=(ids - n) * dtype.itemsize', 'count=n',
-        'test_data.py::test_local_files[txt]'),
+        'test_data.py::test_bytes_are_those_of_the_text_and_not_of_its_tokens'),
     'data: the first id beyond the vocabulary passes': (
         'prepare_data.py', "ids[part].max() >= meta['vocab_size']", "ids[part].max() > meta['vocab_size']",
         'test_data.py::test_check_data_reads_all'),

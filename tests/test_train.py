@@ -880,7 +880,8 @@ def test_refused_checkpoint(train):
 
 
 @pytest.mark.parametrize('damage, part', {
-    'train.bin': 'No such file', 'val.bin': 'No such file', 'meta.json': 'needs tokenizer', 'half': 'train.bin: ValueError it has',
+    'train.bin': 'No such file', 'val.bin': 'No such file', 'meta.json': 'needs tokenizer',
+    'half': 'train.bin: ValueError it has',
     'id': 'val.bin: ValueError it holds the id 256, the vocabulary ends at 255',
     'checksum': 'train.bin: ValueError its checksum is not the one',
 }.items())

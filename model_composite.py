@@ -292,7 +292,7 @@ def attend_in_blocks(q, k, v, kernel_scores, causal=True):
 
 
 class InBlocks(torch.autograd.Function):
-    """attend_dense by hand, in blocks: some heads, 128 queries, all keys that they see, at most 2 MB of float32.
+    """attend_dense by hand, in blocks: some heads, 64 queries and all keys that they see.
 
     kernel (B, nh, T, 2k+1): its first entries are 0, so that only the near keys and those on the right get a number.
     Keys and values get k zeros at both ends (causal: in front), so that every query has all its near keys. In a block
@@ -312,8 +312,9 @@ class InBlocks(torch.autograd.Function):
         heads = [q * q.size(-1) ** -0.5, F.pad(k, ends), F.pad(v, ends), kernel]
         heads = [x.flatten(0, 1).contiguous() for x in heads]  # (B nh, ...)
         y = torch.empty_like(heads[0])  # (B nh, T, hs)
+        room = heads[0].new_empty(0)
         for queries, keys in blocks(y, reach, causal):
-            p = block_weights(*heads, queries, keys, causal)
+            p = block_weights(*heads, queries, keys, causal, room)
             y[queries] = p.to(v.dtype) @ heads[2][keys]
         ctx.save_for_backward(*heads, y)
         ctx.causal = causal
@@ -332,10 +333,12 @@ class InBlocks(torch.autograd.Function):
         dk = torch.zeros_like(k, dtype=kernel.dtype)  # sums over blocks
         dv = torch.zeros_like(v, dtype=kernel.dtype)
         d_kernel = torch.zeros_like(kernel)
+        room = q.new_empty(0)
+        more_room = q.new_empty(0)
         for queries, keys in blocks(q, reach, ctx.causal):
-            p = block_weights(*heads, queries, keys, ctx.causal)
+            p = block_weights(*heads, queries, keys, ctx.causal, room)
             dv[keys] += p.to(v.dtype).transpose(1, 2) @ dy[queries]
-            ds = (dy[queries] @ v[keys].transpose(1, 2)).to(kernel.dtype)
+            ds = product(dy[queries], v[keys].transpose(1, 2), more_room).to(kernel.dtype)
             ds.sub_(mean[queries]).mul_(p)
             narrow = ds.to(q.dtype)
             dq[queries] = narrow @ k[keys]
@@ -352,7 +355,7 @@ class InBlocks(torch.autograd.Function):
         return *[x.unflatten(0, shape) for x in gradients], None
 
 
-def blocks(q, reach, causal, rows=128, largest=2 ** 19):
+def blocks(q, reach, causal, rows=64, largest=2 ** 18):
     """Index of the queries and of the padded keys of each block, for q (B nh, T, hs). largest: numbers in a block."""
     n, T, _ = q.shape
     heads = max(1, largest // (min(rows, T) * T))
@@ -363,12 +366,12 @@ def blocks(q, reach, causal, rows=128, largest=2 ** 19):
             yield (slice(head, head + heads), slice(first, last)), (slice(head, head + heads), slice(0, end))
 
 
-def block_weights(q, k, v, kernel, queries, keys, causal):
+def block_weights(q, k, v, kernel, queries, keys, causal, room):
     """The softmax of a block: (heads, rows, columns). q is scaled already; columns beyond the text get the weight 0."""
     reach = kernel.size(-1) // 2
     first, last = queries[1].start, queries[1].stop
     kernel = kernel[queries]
-    scores = (q[queries] @ k[keys].transpose(1, 2)).to(kernel.dtype)
+    scores = product(q[queries], k[keys].transpose(1, 2), room).to(kernel.dtype)
     near = near_keys(scores, queries, reach, causal)
     near += kernel[..., :near.size(-1)]
     ones = torch.ones(last - first, last - first + (reach if causal else 2 * reach), dtype=kernel.dtype)
@@ -382,6 +385,14 @@ def block_weights(q, k, v, kernel, queries, keys, causal):
         scores[..., scores.size(-1) - reach:] = -math.inf  # beyond the end
     scores[..., :reach] = -math.inf  # before the start
     return torch.softmax(scores, -1, out=scores)
+
+
+def product(a, b, room):
+    """a @ b in the memory of `room`, which grows if it must: fresh memory costs more time than the product itself."""
+    n = a.size(0) * a.size(1) * b.size(2)
+    if room.numel() < n:
+        room.resize_(n)
+    return torch.bmm(a, b, out=room[:n].view(a.size(0), a.size(1), b.size(2)))
 
 
 def near_keys(block, queries, reach, causal):

@@ -417,10 +417,10 @@ def test_far_and_near_in_low_precision():
 
 @proof(2, 'composite', 'conv')
 def test_fast_and_dense_models_agree():
-    """Whole models give the same logits and gradients in either form; 'auto' takes blocks on a CPU."""
+    """Whole models give the same logits and gradients in either form; 'auto' takes blocks from 128 tokens on."""
     for module in chosen(composite, conv):
         check_forms(module, ('fast', 'auto'), 260, 1e-9, kernel_size=WIDTH, block_size=260)
-        for form, tokens in (('attend_in_blocks', 260), ('attend_in_blocks', 10)):
+        for form, tokens in (('attend_in_blocks', 260), ('attend_far_and_near', 4096), ('attend_dense', 100)):
             case = f'{module.__name__}, {tokens} tokens: {form}'
             check_true("'auto' takes the quicker form", case, auto_takes(module, form, tokens, kernel_size=WIDTH))
 

@@ -277,7 +277,7 @@ def fast_is_quicker(q, kernel_size):
     """Whether attend_fast can be used for q (B, nh, T, hs) and is the quicker form there.
 
     On a CPU, T = 64, 256: attend_dense 3.0, 12.0 ms, blocks 4.0, 7.9 ms (causal, float32, forward and backward, heads
-    of 32, one thread of an AVX512 CPU). Far and near is quicker from 256 tokens on, as measured when it was compiled.
+    of 32, one thread of an AVX512 CPU). Elsewhere from 256 tokens on: measured on a CPU, not on a GPU.
     """
     least = 128 if on_cpu(q) else max(256, 8 * kernel_size)
     return q.size(2) >= least and has_flash(q)
@@ -286,15 +286,15 @@ def fast_is_quicker(q, kernel_size):
 def blocks_are_quicker(q, causal):
     """Whether blocks are the quicker fast form for q (B, nh, T, hs).
 
-    T = 1,024, 4,096, causal: blocks 22.9, 161 ms, far and near 33.4, 151 ms; on both sides 38.1, 278 ms and 64.6, 292 ms
-    (float32, forward and backward, heads of 32, one thread of an AVX512 CPU). In bfloat16 the order is the same.
+    T = 1,024, 4,096, causal: blocks 22.9, 161 ms, far and near 33.4, 151 ms (bfloat16: 26.0, 196 and 31.8, 135).
+    Both sides: 38.1, 278 and 64.6, 292 (31.7, 256 and 59.9, 254). Measured as in fast_is_quicker.
     """
     long = causal and q.size(2) >= 4096
     return on_cpu(q) and not long
 
 
 def on_cpu(q):
-    """Whether q is on a CPU and nothing is compiled: a compiler cannot follow the blocks."""
+    """Whether q is on a CPU and nothing is compiled: the blocks have not been tried with a compiler."""
     return q.device.type == 'cpu' and not torch.compiler.is_compiling()
 
 

@@ -298,7 +298,7 @@ ERRORS = {
     'composite: heads split along time': (
         COMPOSITE,
         'z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for',
-        'z.view(B, self.n_head, T, C // self.n_head) for'),
+        'z.reshape(B, self.n_head, T, C // self.n_head) for'),
     'heads split along time': (
         NOPE,
         'qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)',

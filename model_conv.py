@@ -87,7 +87,7 @@ def along_diagonals(kernel, past, n):
     middle = kernel[..., max(-left, 0):2 * k + 1 - max(-right, 0)]
     last = kernel[..., -1:].expand(*kernel.shape[:-1], max(right, 0))
     rows = torch.cat((first, middle, last), -1)  # (..., T, T+n): offsets 1-T-past ... n-past
-    return rows.flatten(-2)[..., T - 1:-1].unflatten(-1, (T, T + n - 1))[..., :n]
+    return rows.as_strided((*rows.shape[:-1], n), (*rows.stride()[:-2], T + n - 1, 1), T - 1)
 
 
 def attend_dense(q, k, v, kernel_scores, causal=True, valid=None, key_kernel_scores=None):
@@ -99,11 +99,11 @@ def attend_dense(q, k, v, kernel_scores, causal=True, valid=None, key_kernel_sco
     valid (B, S) bool: False is padding. Returns (B, nh, T, hs).
     """
     T, S = q.size(2), k.size(2)
-    att = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S)
+    att = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S)
     att = att + along_diagonals(kernel_scores, S - T, S)
     if key_kernel_scores is not None:
         att = att + along_diagonals(key_kernel_scores, T - S, T).transpose(-2, -1)
-    att = att.masked_fill(~visible(T, S, causal, valid, q.device), float('-inf')).softmax(-1)
+    att = att.masked_fill_(~visible(T, S, causal, valid, q.device), -math.inf).softmax(-1)
     return att.to(v.dtype) @ v  # (B, nh, T, S) x (B, nh, S, hs) -> (B, nh, T, hs)
 
 
@@ -324,7 +324,162 @@ class Model(nn.Module):
 
 
 def attend_fast(q, k, v, kernel_scores, causal=True):
-    """The value of attend_dense in memory O(T (hs + k)), forward and backward. Arguments as there; no padding, T = S.
+    """The value of attend_dense without a (T, T) matrix, forward and backward. Arguments as there; no padding, T = S.
+
+    On a CPU it goes block by block (InBlocks), for long texts, on a GPU and when compiled far and near (FarNear).
+    ValueError where torch has no flash attention kernel for q.
+    """
+    if blocks_are_quicker(q, causal):
+        return attend_in_blocks(q, k, v, kernel_scores, causal)
+    return attend_far_and_near(q, k, v, kernel_scores, causal)
+
+
+def fast_is_quicker(q, kernel_size):
+    """Whether attend_fast can be used for q (B, nh, T, hs) and is the quicker form there.
+
+    On a CPU, T = 64, 256: attend_dense 3.0, 12.0 ms, blocks 4.0, 7.9 ms (causal, float32, forward and backward, heads
+    of 32, one thread of an AVX512 CPU). Elsewhere from 256 tokens on: measured on a CPU, not on a GPU.
+    """
+    least = 128 if on_cpu(q) else max(256, 8 * kernel_size)
+    return q.size(2) >= least and has_flash(q)
+
+
+def blocks_are_quicker(q, causal):
+    """Whether blocks are the quicker fast form for q (B, nh, T, hs).
+
+    T = 1,024, 4,096, causal: blocks 22.9, 161 ms, far and near 33.4, 151 ms (bfloat16: 26.0, 196 and 31.8, 135).
+    Both sides: 38.1, 278 and 64.6, 292 (31.7, 256 and 59.9, 254). Measured as in fast_is_quicker.
+    """
+    long = causal and q.size(2) >= 4096
+    return on_cpu(q) and not long
+
+
+def on_cpu(q):
+    """Whether q is on a CPU and nothing is compiled: the blocks have not been tried with a compiler."""
+    return q.device.type == 'cpu' and not torch.compiler.is_compiling()
+
+
+def attend_in_blocks(q, k, v, kernel_scores, causal=True):
+    """attend_fast on a CPU: a block of the (T, T) matrix at a time, small enough to stay in the cache."""
+    wide = torch.promote_types(q.dtype, torch.float32)  # of the scores
+    if kernel_scores.size(-1) == 1:  # all offsets share the one entry
+        kernel_scores = kernel_scores.expand(*kernel_scores.shape[:-1], 3)
+    kernel = kernel_scores.to(wide) - kernel_scores[..., :1]  # a softmax does not change when its whole row does
+    return InBlocks.apply(q, k, v, kernel.expand(q.size(0), -1, -1, -1), causal)
+
+
+class InBlocks(torch.autograd.Function):
+    """attend_dense by hand, in blocks: some heads, 64 queries and all keys that they see.
+
+    kernel (B, nh, T, 2k+1): its first entries are 0, so that only the near keys and those on the right get a number.
+    Keys and values get k zeros at both ends (causal: in front), so that every query has all its near keys. In a block
+    with n columns the near keys of the next query then start n+1 numbers later, and unfold() shows them as rows:
+
+        . a b c . . .         a b c          k = 1, n = 7. Changing the right changes the left: it is the same memory.
+        . . d e f . .         d e f
+        . . . g h i .         g h i
+
+    The backward pass computes the weights of each block again; only the inputs and y are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, kernel, causal):
+        reach = kernel.size(-1) // 2
+        ends = (0, 0, reach, 0 if causal else reach)
+        heads = [q * q.size(-1) ** -0.5, F.pad(k, ends), F.pad(v, ends), kernel]
+        heads = [x.flatten(0, 1).contiguous() for x in heads]  # (B nh, ...)
+        y = torch.empty_like(heads[0])  # (B nh, T, hs)
+        room = heads[0].new_empty(0)
+        for queries, keys in blocks(y, reach, causal):
+            p = block_weights(*heads, queries, keys, causal, room)
+            y[queries] = p.to(v.dtype) @ heads[2][keys]
+        ctx.save_for_backward(*heads, y)
+        ctx.causal = causal
+        return y.view(q.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        *heads, y = ctx.saved_tensors
+        q, k, v, kernel = heads
+        reach = kernel.size(-1) // 2
+        shape = dy.shape[:2]
+        dy = dy.flatten(0, 1)
+        mean = (dy.to(kernel.dtype) * y).sum(-1, keepdim=True)  # of the weights' gradients under the weights
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(k, dtype=kernel.dtype)  # sums over blocks
+        dv = torch.zeros_like(v, dtype=kernel.dtype)
+        d_kernel = torch.zeros_like(kernel)
+        room = q.new_empty(0)
+        more_room = q.new_empty(0)
+        for queries, keys in blocks(q, reach, ctx.causal):
+            p = block_weights(*heads, queries, keys, ctx.causal, room)
+            dv[keys] += p.to(v.dtype).transpose(1, 2) @ dy[queries]
+            ds = product(dy[queries], v[keys].transpose(1, 2), more_room).to(kernel.dtype)
+            ds.sub_(mean[queries]).mul_(p)
+            narrow = ds.to(q.dtype)
+            dq[queries] = narrow @ k[keys]
+            dk[keys] += narrow.transpose(1, 2) @ q[queries]
+            near = near_keys(ds, queries, reach, ctx.causal)
+            d_kernel[queries][..., :near.size(-1)] = near
+            if not ctx.causal:
+                middle = slice(queries[1].start, queries[1].stop + 2 * reach)
+                beyond = ds[..., middle.stop:].sum(-1)
+                d_kernel[queries][..., -1] = beyond + ds[..., middle].triu(2 * reach).sum(-1)
+        d_kernel[..., 0] = 0  # the left end was taken off: the rest says what it gets
+        inside = slice(reach, reach + q.size(1))
+        gradients = [dq * q.size(-1) ** -0.5, dk[:, inside].to(k.dtype), dv[:, inside].to(v.dtype), d_kernel]
+        return *[x.unflatten(0, shape) for x in gradients], None
+
+
+def blocks(q, reach, causal, rows=64, largest=2 ** 18):
+    """Index of the queries and of the padded keys of each block, for q (B nh, T, hs). largest: numbers in a block."""
+    n, T, _ = q.shape
+    heads = max(1, largest // (min(rows, T) * T))
+    for head in range(0, n, heads):
+        for first in range(0, T, rows):
+            last = min(first + rows, T)
+            end = last + reach if causal else T + 2 * reach
+            yield (slice(head, head + heads), slice(first, last)), (slice(head, head + heads), slice(0, end))
+
+
+def block_weights(q, k, v, kernel, queries, keys, causal, room):
+    """The softmax of a block: (heads, rows, columns). q is scaled already; columns beyond the text get the weight 0."""
+    reach = kernel.size(-1) // 2
+    first, last = queries[1].start, queries[1].stop
+    kernel = kernel[queries]
+    scores = product(q[queries], k[keys].transpose(1, 2), room).to(kernel.dtype)
+    near = near_keys(scores, queries, reach, causal)
+    near += kernel[..., :near.size(-1)]
+    ones = torch.ones(last - first, last - first + (reach if causal else 2 * reach), dtype=kernel.dtype)
+    middle = scores[..., first:first + ones.size(1)]
+    if causal:
+        middle += (-math.inf * ones).triu(reach + 1)  # the future
+    else:
+        right = kernel[..., -1:]
+        middle += right * ones.triu(2 * reach + 1)
+        scores[..., last + 2 * reach:] += right
+        scores[..., scores.size(-1) - reach:] = -math.inf  # beyond the end
+    scores[..., :reach] = -math.inf  # before the start
+    return torch.softmax(scores, -1, out=scores)
+
+
+def product(a, b, room):
+    """a @ b in the memory of `room`, which grows if it must: fresh memory costs more time than the product itself."""
+    n = a.size(0) * a.size(1) * b.size(2)
+    if room.numel() < n:
+        room.resize_(n)
+    return torch.bmm(a, b, out=room[:n].view(a.size(0), a.size(1), b.size(2)))
+
+
+def near_keys(block, queries, reach, causal):
+    """View of the entries of a block (heads, rows, columns) at offsets -reach ... reach, causal -reach ... 0."""
+    width = reach + 1 if causal else 2 * reach + 1
+    return block.flatten(1)[:, queries[1].start:].unfold(1, width, block.size(-1) + 1)
+
+
+def attend_far_and_near(q, k, v, kernel_scores, causal=True):
+    """attend_fast on a GPU, in memory O(T (hs + k)).
 
     The paper's idea as an algorithm: attention = global content + local convolution. All keys at k tokens or more share
     an end entry of the kernel, and a softmax does not change when one number is added to its whole row. So we subtract
@@ -338,8 +493,6 @@ def attend_fast(q, k, v, kernel_scores, causal=True):
         f f n n n               The two parts are joined exactly by their log-sum-exps.
         f f f n n n
         f f f f n n n
-
-    ValueError where torch has no flash attention kernel for q.
     """
     if not has_flash(q):
         raise ValueError('attend_fast needs a CPU, or a CUDA GPU with bfloat16 or float16 and heads of 8, 16, ... 256 '
@@ -353,7 +506,7 @@ def attend_fast(q, k, v, kernel_scores, causal=True):
     left_end = kernel_scores[..., :1]
     near = kernel_scores[..., 1:far + 1 if causal else -1] - left_end  # (B, nh, T, W)
     right = None if causal else (kernel_scores[..., -1:] - left_end).squeeze(-1)  # (B, nh, T)
-    return FarNear.apply(q, k, v, near, right, far)
+    return FarNear.apply(q, k, v, near, right, far).transpose(1, 2)
 
 
 def has_flash(q):
@@ -362,39 +515,35 @@ def has_flash(q):
     return q.device.type == 'cpu' or (q.is_cuda and half and q.size(-1) in range(8, 257, 8))
 
 
-def fast_is_quicker(q, kernel_size):
-    """Whether attend_fast can be used for q (B, nh, T, hs) and is the quicker form there, as measured on a CPU."""
-    return q.size(2) >= max(256, 8 * kernel_size) and has_flash(q)
-
-
 class FarNear(torch.autograd.Function):
     """Flash attention to the far keys and a dynamic convolution over the near ones, in one softmax.
 
     near (B, nh, T, W) is added to the scores of offsets 1-far, 2-far, ...; right (B, nh, T), None if causal, to those
-    of offsets +far and more. By hand, because given the log-sum-exp of all keys, the weights of any part are
-    exp(score - lse): the backward pass computes each part again and keeps only the inputs, y and lse.
+    of offsets +far and more. Returns (B, T, nh, hs), the layout in which the output projection and its gradient come.
+    By hand, because given the log-sum-exp of all keys, the weights of any part are exp(score - lse): the backward pass
+    computes each part again and keeps only the inputs, y and lse.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, near, right, far):
         wide = near.dtype  # sums in at least float32
         y_right = lse_right = None
-        near_scores = score_neighbours(q.to(wide), k.to(wide), near, 1 - far)  # (B, nh, T, W)
-        y_left, lse_left, rng = flash(q, k, v, far)
-        parts = [near_scores, lse_left.to(wide)[..., None]]
-        if right is not None:  # the keys on the right are those on the left of the mirror image
-            y_right, lse_right, rng_right = flash(q.flip(2), k.flip(2), v.flip(2), far)
-            y_right = y_right.flip(2)
-            lse_right = lse_right.flip(2).to(wide) + right
+        near_scores = score_neighbours(q, k, near, 1 - far)  # (B, nh, T, W)
+        y_left, lse_left, rng = flash(q[:, :, far:], k[:, :, :-far], v[:, :, :-far])
+        lse_left = F.pad(lse_left.to(wide), (far, 0), value=-math.inf)  # the first queries have no key that far
+        parts = [near_scores, lse_left[..., None]]
+        if right is not None:
+            y_right, lse_right, rng_right = flash(q[:, :, :-far], k[:, :, far:], v[:, :, far:], right=True)
+            lse_right = F.pad(lse_right.to(wide), (0, far), value=-math.inf) + right
             parts.append(lse_right[..., None])
             rng = rng + rng_right
         lse = torch.cat(parts, -1).logsumexp(-1)  # (B, nh, T)
         p = (near_scores - lse[..., None]).exp()
-        y = sum(p[..., r:r + 1] * shifted(v, r + 1 - far) for r in range(p.size(-1)))
-        y = y + (lse_left - lse).exp()[..., None] * y_left
+        y = sum(p[..., r:r + 1] * moved(v, r + 1 - far) for r in range(p.size(-1)))
+        y = y + (lse_left - lse).exp()[..., None] * F.pad(y_left, (0, 0, far, 0))
         if right is not None:
-            y = y + (lse_right - lse).exp()[..., None] * y_right
-        y = y.to(v.dtype)
+            y = y + (lse_right - lse).exp()[..., None] * F.pad(y_right, (0, 0, 0, far))
+        y = y.to(v.dtype).transpose(1, 2).contiguous()  # (B, T, nh, hs)
         ctx.far = far
         ctx.save_for_backward(q, k, v, near, right, y, lse, y_right, lse_right, *rng)
         return y
@@ -405,75 +554,101 @@ class FarNear(torch.autograd.Function):
         q, k, v, near, right, y, lse, y_right, lse_right, *rng = ctx.saved_tensors
         far = ctx.far
         wide = near.dtype
+        y, dy = y.transpose(1, 2), dy.transpose(1, 2)  # (B, nh, T, hs)
         mean = (dy.to(wide) * y).sum(-1)  # (B, nh, T): mean of the weights' gradients under the weights
 
-        p = (score_neighbours(q.to(wide), k.to(wide), near, 1 - far) - lse[..., None]).exp()
+        queries, keys, values = [again(x) for x in (q, k, v)]
+        p = (score_neighbours(queries, keys, near, 1 - far) - lse[..., None]).exp()
         offsets = list(enumerate(range(1 - far, 1 - far + p.size(-1))))
-        dp = torch.stack([(dy.to(wide) * shifted(v.to(wide), o)).sum(-1) for _, o in offsets], -1)
+        dp = torch.stack([(dy.to(wide) * moved(values, o)).sum(-1) for _, o in offsets], -1)
         d_near = p * (dp - mean[..., None])  # (B, nh, T, W)
         ds = d_near / math.sqrt(q.size(-1))
-        dq = sum(ds[..., r:r + 1] * shifted(k.to(wide), o) for r, o in offsets)
-        dk = sum(shifted(ds[..., r:r + 1] * q.to(wide), -o) for r, o in offsets)
-        dv = sum(shifted(p[..., r:r + 1] * dy.to(wide), -o) for r, o in offsets)
+        dq = sum(ds[..., r:r + 1] * moved(keys, o) for r, o in offsets).to(q.dtype)
+        dk = sum(moved(ds[..., r:r + 1], -o, 0) * moved(queries, -o) for r, o in offsets).to(k.dtype)
+        dv = sum(moved(p[..., r:r + 1], -o, 0) * moved(dy, -o) for r, o in offsets).to(v.dtype)
 
-        far_gradients = flash_backward(dy, q, k, v, y, lse, far, rng[:2])
+        late = (slice(None), slice(None), slice(far, None))  # all but the first `far` tokens
+        early = (slice(None), slice(None), slice(None, -far))
+        far_dq, far_dk, far_dv = flash_backward(dy[late], q[late], k[early], v[early], y[late], lse[late], rng[:2])
+        dq = dq + F.pad(far_dq, (0, 0, far, 0))
+        dk = dk + F.pad(far_dk, (0, 0, 0, far))
+        dv = dv + F.pad(far_dv, (0, 0, 0, far))
         d_right = None
         if right is not None:  # exp(q.k + right - lse): the flash kernel's weights at the log-sum-exp lse - right
-            d_right = (lse_right - lse).exp() * ((dy.to(wide) * y_right).sum(-1) - mean)
-            mirrored = [x.flip(2) for x in (dy, q, k, v, y, lse - right)]
-            right_gradients = flash_backward(*mirrored, far, rng[2:])
-            far_gradients = [a + b.flip(2) for a, b in zip(far_gradients, right_gradients)]
-        dq, dk, dv = [(a + b).to(q.dtype) for a, b in zip((dq, dk, dv), far_gradients)]
+            d_right = (lse_right - lse).exp() * (F.pad((dy[early].to(wide) * y_right).sum(-1), (0, far)) - mean)
+            lse = lse - right
+            far_dq, far_dk, far_dv = flash_backward(dy[early], q[early], k[late], v[late], y[early], lse[early],
+                                                    rng[2:], right=True)
+            dq = dq + F.pad(far_dq, (0, 0, 0, far))
+            dk = dk + F.pad(far_dk, (0, 0, far, 0))
+            dv = dv + F.pad(far_dv, (0, 0, far, 0))
         return dq, dk, dv, d_near, d_right, None
 
 
-def shifted(x, offset):
-    """Row i of the result is row i + offset of x (B, nh, T, hs), zero beyond the ends; |offset| < T."""
-    return F.pad(x, (0, 0, -offset, offset))
+def again(x):
+    """x (B, nh, T, hs) itself. A compiler takes it for another tensor, and does not keep what it made of x before."""
+    return x[:, :, torch.arange(x.size(2), device=x.device)] if torch.compiler.is_compiling() else x
+
+
+def moved(x, offset, beyond=None):
+    """Row i of the result is row i + offset of x (B, nh, T, ...); beyond the ends the nearest row, or `beyond`.
+
+    By an index and not by a pad: a compiler reads through an index, but keeps a padded copy for the backward pass.
+    """
+    T = x.size(2)
+    i = torch.arange(T, device=x.device) + offset
+    y = x[:, :, i.clamp(0, T - 1)]
+    return y if beyond is None else torch.where(((i >= 0) & (i < T))[:, None], y, beyond)
 
 
 def score_neighbours(q, k, near, first):
     """q_i.k_{i+o} / sqrt(hs) + near_io for the offsets o = first, first+1, ...: (B, nh, T, W), -inf beyond the ends."""
     T = q.size(2)
+    q = q.to(near.dtype)
     offsets = torch.arange(first, first + near.size(-1), device=q.device)
     j = torch.arange(T, device=q.device)[:, None] + offsets  # (T, W): the key of each score
-    products = [(q * shifted(k, first + r)).sum(-1) for r in range(near.size(-1))]
+    products = [(q * moved(k, first + r)).sum(-1) for r in range(near.size(-1))]
     scores = torch.stack(products, -1) / math.sqrt(q.size(-1)) + near
     return scores.masked_fill((j < 0) | (j >= T), float('-inf'))
 
 
-def flash(q, k, v, far):
-    """Softmax attention of every query to the keys at least `far` tokens before it, by torch's own flash kernels.
+def flash(q, k, v, right=False):
+    """Softmax attention of query i to the keys j <= i, or j >= i on the right side, by torch's own flash kernels.
 
-    q, k, v (B, nh, T, hs) -> (B, nh, T, hs), its log-sum-exp (B, nh, T) in nats, and what the backward kernel needs.
+    q, k, v (B, nh, n, hs) -> (B, nh, n, hs), its log-sum-exp (B, nh, n) in nats, and what the backward kernel needs.
     """
-    q, k, v = channels_last(q[:, :, far:], k[:, :, :-far], v[:, :, :-far])
-    if q.is_cuda:  # output, log-sum-exp, two unused, two lengths, two for dropout's random numbers, a debug mask
-        results = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
-        y, lse, rng = results[0], results[1], list(results[6:8])
-    else:
-        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-        rng = []
-    y = F.pad(y, (0, 0, far, 0))  # the first queries have no key that far
-    lse = F.pad(lse, (far, 0), value=float('-inf'))
-    return y, lse, rng
+    q, k, v = channels_last(q, k, v)
+    if q.is_cuda:  # it wants (B, n, nh, hs)
+        n = q.size(2)
+        q, k, v = [x.transpose(1, 2) for x in (q, k, v)]
+        y, lse, *rng = torch.ops.aten._flash_attention_forward(q, k, v, None, None, n, n, 0.0, not right, False,
+                                                               **window(right))
+        return y.transpose(1, 2), lse, rng[:2]
+    q, k, v = [x.flip(2) if right else x for x in (q, k, v)]  # j >= i is j <= i in the mirror
+    y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    return y.flip(2) if right else y, lse.flip(2) if right else lse, []
 
 
-def flash_backward(dy, q, k, v, y, lse, far, rng):
-    """Gradients of q, k, v (B, nh, T, hs) through the weights exp(q_i.k_j / sqrt(hs) - lse_i) of flash().
+def flash_backward(dy, q, k, v, y, lse, rng, right=False):
+    """Gradients of q, k, v (B, nh, n, hs) through the weights exp(q_i.k_j / sqrt(hs) - lse_i) of flash().
 
     lse may count more keys than flash() saw: then y is the output over all of them.
     """
-    dy, q, k, v, y = channels_last(dy[:, :, far:], q[:, :, far:], k[:, :, :-far], v[:, :, :-far], y[:, :, far:])
-    lse = lse[:, :, far:].contiguous()
-    n = q.size(2)
+    dy, q, k, v, y = channels_last(dy, q, k, v, y)
     if q.is_cuda:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
-        dq, dk, dv = kernel(dy, q, k, v, y, lse, None, None, n, n, 0.0, True, *rng)
-    else:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq, dk, dv = kernel(dy, q, k, v, y, lse, 0.0, True)
-    return F.pad(dq, (0, 0, far, 0)), F.pad(dk, (0, 0, 0, far)), F.pad(dv, (0, 0, 0, far))
+        n = q.size(2)
+        inputs = [x.transpose(1, 2) for x in (dy, q, k, v, y)]
+        gradients = torch.ops.aten._flash_attention_backward(*inputs, lse.contiguous(), None, None, n, n, 0.0,
+                                                             not right, *rng, **window(right))
+        return [x.transpose(1, 2) for x in gradients]
+    inputs = [x.flip(2) if right else x for x in (dy, q, k, v, y, lse.contiguous())]
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, True)
+    return [x.flip(2) if right else x for x in gradients]
+
+
+def window(right):
+    """On the right no key before the query itself and any number after it; on the left the causal mask is enough."""
+    return dict(window_size_left=0, window_size_right=-1) if right else {}
 
 
 def channels_last(*tensors):

@@ -121,7 +121,7 @@ def along_diagonals(kernel, past, n):
     middle = kernel[..., max(-left, 0):2 * k + 1 - max(-right, 0)]
     last = kernel[..., -1:].expand(*kernel.shape[:-1], max(right, 0))
     rows = torch.cat((first, middle, last), -1)  # (..., T, T+n): offsets 1-T-past ... n-past
-    return rows.flatten(-2)[..., T - 1:-1].unflatten(-1, (T, T + n - 1))[..., :n]
+    return rows.as_strided((*rows.shape[:-1], n), (*rows.stride()[:-2], T + n - 1, 1), T - 1)
 
 
 def attend_dense(q, k, v, b, causal=True, valid=None):

@@ -375,30 +375,39 @@ def kernel_cases():
         yield 'biases of some nats', f'{n} tokens, kernel of {2 * k + 1}, batch of {batch}', inputs
 
 
+FORMS = {'dense': 'attend_dense', 'far + near': 'attend_far_and_near', 'blocks': 'attend_in_blocks'}
+
+
 @proof(2, 'composite', 'conv')
 def test_far_and_near_are_the_dense_form():
     """Flash attention to far keys and a convolution over near ones, joined by their log-sum-exp, is the dense form."""
     for module, (causal, side) in product(chosen(composite, conv), SIDES):
         where = f'{module.__name__}, {side}'
         for biases, case, inputs in kernel_cases():
-            for name, form in (('dense', module.attend_dense), ('far + near', module.attend_fast)):
-                compare(f'{name} = explicit (T, T) matrix, {biases}', f'{where}, {case}', form, explicit, inputs,
-                        1e-11, least=1, causal=causal)
+            for name, form in FORMS.items():
+                compare(f'{name} = explicit (T, T) matrix, {biases}', f'{where}, {case}', getattr(module, form),
+                        explicit, inputs, 1e-11, least=1, causal=causal)
         across = [random(B, H, D, 20, seed=seed).transpose(2, 3) for seed in range(3)]  # channels not side by side
         across.append(random(1, H, 20, WIDTH))
-        check('far + near = explicit (T, T) matrix, any memory layout', where,
-              module.attend_fast(*across, causal), explicit(*across, causal))
+        for name, form in FORMS.items():
+            check(f'{name} = explicit (T, T) matrix, any memory layout', where,
+                  getattr(module, form)(*across, causal), explicit(*across, causal))
+        inputs = [*random_qkv(700), random(1, H, 700, WIDTH, scale=3)]  # several groups of heads, several of queries
+        compare('blocks = explicit (T, T) matrix, several blocks', where, module.attend_in_blocks, explicit, inputs,
+                1e-11, least=1, causal=causal)
 
 
 @proof(2, 'composite')
 def test_far_and_near_in_low_precision():
-    """In float32 and bfloat16 far + near is not much farther from float64 than the dense form is."""
+    """In float32 and bfloat16 the fast forms are not much farther from float64 than the dense form is."""
     def results(form, inputs, dtypes):
         inputs = [x.to(dtype).requires_grad_() for x, dtype in zip(inputs, dtypes)]
         return [x.double() for x in with_gradients(form, inputs)]
     for causal, side in SIDES:
-        dense, fast = partial(composite.attend_dense, causal=causal), partial(composite.attend_fast, causal=causal)
-        for dtype, unit in ((torch.float32, 6e-8), (torch.bfloat16, 4e-3)):
+        dense = partial(composite.attend_dense, causal=causal)
+        formats = ((torch.float32, 6e-8), (torch.bfloat16, 4e-3))
+        for form, (dtype, unit) in product(('far + near', 'blocks'), formats):
+            fast = partial(getattr(composite, FORMS[form]), causal=causal)
             exact = [x.detach().to(dtype).double() for x in random_qkv(200, 2, 2, 16)]
             exact.append(random(2, 2, 200, 17, scale=3).detach().float().double())
             low = [dtype, dtype, dtype, torch.float32]
@@ -406,17 +415,44 @@ def test_far_and_near_in_low_precision():
             three = zip(results(fast, exact, low), results(dense, exact, low), results(dense, exact, high))
             for name, (ours, other, reference) in zip(('value', 'dq', 'dk', 'dv', 'dkernel'), three):
                 limit = 2 * difference(other, reference, 1e-30) + 16 * unit
-                check(f'far + near in {str(dtype)[6:]} is as exact as dense', f'{side}, {name}', ours, reference, limit)
+                check(f'{form} in {str(dtype)[6:]} is as exact as dense', f'{side}, {name}', ours, reference, limit)
 
 
 @proof(2, 'composite', 'conv')
 def test_fast_and_dense_models_agree():
-    """Whole models give the same logits and gradients in either form; 'auto' takes far + near at 260 tokens."""
+    """Whole models give the same logits and gradients in either form; 'auto' takes blocks from 128 tokens on."""
     for module in chosen(composite, conv):
         check_forms(module, ('fast', 'auto'), 260, 1e-9, kernel_size=WIDTH, block_size=260)
-        for form, tokens in (('attend_fast', 260), ('attend_dense', 100)):
+        for form, tokens in (('attend_in_blocks', 260), ('attend_far_and_near', 4096), ('attend_dense', 100)):
             case = f'{module.__name__}, {tokens} tokens: {form}'
             check_true("'auto' takes the quicker form", case, auto_takes(module, form, tokens, kernel_size=WIDTH))
+
+
+@proof(2, 'composite')
+def test_flash_kernels_see_one_side():
+    """What is asked of torch's flash kernels: query i and the keys j <= i, on the right side j >= i."""
+    n = 70
+    for device in ['cpu'] + ['cuda'] * torch.cuda.is_available():
+        low = device == 'cuda'
+        exact = [random(B, H, n, 16, seed=seed).detach() for seed in range(3)]
+        exact = [x.bfloat16().double() if low else x for x in exact]
+        q, k, v = [x.to(device, torch.bfloat16) if low else x for x in exact]
+        for right in (False, True):
+            scores = exact[0] @ exact[1].transpose(2, 3) / 4
+            hidden = torch.ones(n, n).bool().tril(-1) if right else torch.ones(n, n).bool().triu(1)
+            scores = scores.masked_fill(hidden, -math.inf)
+            y, lse, rng = composite.flash(q, k, v, right)
+            case = f'{device}, {"right" if right else "left"}'
+            tolerance = 0.02 if low else 1e-11
+            expected = scores.softmax(-1) @ exact[2]
+            check('value of the flash kernel = explicit matrix', case, y.cpu(), expected, tolerance)
+            check('log-sum-exp of the flash kernel = explicit matrix', case, lse.cpu(), scores.logsumexp(-1), tolerance)
+            inputs = [x.clone().requires_grad_() for x in exact]
+            scores = (inputs[0] @ inputs[1].transpose(2, 3) / 4).masked_fill(hidden, -math.inf)
+            reference = torch.autograd.grad((scores.softmax(-1) @ inputs[2]).sum(), inputs)
+            ours = composite.flash_backward(torch.ones_like(y), q, k, v, y, lse, rng, right)
+            check('gradients of the flash kernel = explicit matrix', case, [x.cpu() for x in ours], list(reference),
+                  0.05 if low else 1e-11)
 
 
 # --------------------------------------- chapter 3: convolutions before, inside and after attention, or replacing it

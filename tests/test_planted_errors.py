@@ -15,7 +15,6 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 COMPOSITE, CONV, KERNELIZED, NOPE = [f'model_{name}.py' for name in ('composite', 'conv', 'kernelized', 'nope')]
-NOPE_COMPOSITE = f'{NOPE} {COMPOSITE}'
 ALL = f'{NOPE} {COMPOSITE} {CONV}'
 ROPE, ALIBI, TISA, CAPE = [f'baselines/model_{name}.py' for name in ('rope', 'alibi', 'tisa', 'cape')]
 # what: (files, right, wrong); the right text stands exactly once in each of the files
@@ -38,8 +37,8 @@ ERRORS = {
         'torch.cat((first, middle, last * 0), -1)'),
     'scale of the content dropped': (
         COMPOSITE,
-        ' / math.sqrt(q.size(-1))  # (B',
-        '  # (B'),
+        'att = q / math.sqrt(q.size(-1)) @',
+        'att = q @'),
     'scale of the query-made kernel dropped': (
         COMPOSITE,
         'q @ self.dynamic.T * scale',
@@ -86,12 +85,12 @@ ERRORS = {
         'kernel_scores[..., 1:far if causal else -2]'),
     'far keys one too near': (
         COMPOSITE,
-        'channels_last(q[:, :, far:], k',
-        'channels_last(q[:, :, far - 1:-1], k'),
+        'flash(q[:, :, far:], k[:, :, :-far]',
+        'flash(q[:, :, far - 1:-1], k[:, :, :-far]'),
     'far part joined without its log-sum-exp': (
         COMPOSITE,
-        '(lse_left - lse).exp()[..., None] * y_left',
-        'y_left'),
+        '(lse_left - lse).exp()[..., None] * F.pad(y_left',
+        'F.pad(y_left'),
     'near part softmaxed by itself': (
         COMPOSITE,
         'lse = torch.cat(parts, -1).logsumexp(-1)',
@@ -106,36 +105,76 @@ ERRORS = {
         '(left_end - kernel_scores[..., -1:])'),
     'right side not mirrored': (
         COMPOSITE,
-        'y_right = y_right.flip(2)\n',
-        'y_right = y_right\n'),
+        'return y.flip(2) if right else y',
+        'return y'),
     'near keys beyond the ends not masked': (
         COMPOSITE,
         '(j < 0) | (j >= T)',
         '(j < 0) & (j >= T)'),
     'near convolution of the values mirrored': (
         COMPOSITE,
-        'shifted(v, r + 1 - far)',
-        'shifted(v, far - r - 1)'),
+        'moved(v, r + 1 - far)',
+        'moved(v, far - r - 1)'),
     'backward: far part with its own mean': (
         COMPOSITE,
-        'far_gradients = flash_backward(dy, q, k, v, y, lse,',
-        'far_gradients = flash_backward(dy, q, k, v, y * 0, lse,'),
+        'v[early], y[late], lse[late]',
+        'v[early], y[late] * 0, lse[late]'),
     'backward: right side without its end entry': (
         COMPOSITE,
-        '(dy, q, k, v, y, lse - right)',
-        '(dy, q, k, v, y, lse)'),
+        'lse = lse - right\n',
+        'lse = lse + 0\n'),
     'backward: gradients of near keys not moved back': (
         COMPOSITE,
-        'shifted(ds[..., r:r + 1] * q.to(wide), -o)',
-        'shifted(ds[..., r:r + 1] * q.to(wide), o)'),
+        'moved(ds[..., r:r + 1], -o, 0) * moved(queries, -o)',
+        'moved(ds[..., r:r + 1], o, 0) * moved(queries, o)'),
+    'backward: gradients of near keys beyond the ends': (
+        COMPOSITE,
+        'moved(p[..., r:r + 1], -o, 0)',
+        'moved(p[..., r:r + 1], -o)'),
+    'blocks: future seen': (
+        COMPOSITE,
+        'triu(reach + 1)',
+        'triu(reach + 2)'),
+    'blocks: keys before the start seen': (
+        COMPOSITE,
+        'scores[..., :reach] = -math.inf',
+        'scores[..., :reach - 1] = -math.inf'),
+    'blocks: keys beyond the end seen': (
+        COMPOSITE,
+        'scores[..., scores.size(-1) - reach:] = -math.inf',
+        'scores[..., scores.size(-1) - reach + 1:] = -math.inf'),
+    'blocks: right end not given to the corner': (
+        COMPOSITE,
+        'middle += right * ones.triu(2 * reach + 1)',
+        'middle += right * ones.triu(2 * reach + 2)'),
+    'blocks: right end not given to the last keys': (
+        COMPOSITE,
+        'scores[..., last + 2 * reach:] += right',
+        'scores[..., last + 2 * reach:] += 0'),
+    'blocks: near keys one off': (
+        COMPOSITE,
+        'block.flatten(1)[:, queries[1].start:]',
+        'block.flatten(1)[:, max(0, queries[1].start - 1):]'),
+    'blocks: mean of the gradients not taken off': (
+        COMPOSITE,
+        'ds.sub_(mean[queries]).mul_(p)',
+        'ds.mul_(p)'),
+    'blocks: gradient of the right end without the corner': (
+        COMPOSITE,
+        'ds[..., middle].triu(2 * reach)',
+        'ds[..., middle].triu(2 * reach + 1)'),
+    'blocks: gradients of keys not summed over blocks': (
+        COMPOSITE,
+        'dk[keys] += narrow',
+        'dk[keys] = narrow'),
     'channels read in any layout': (
         COMPOSITE,
         'x if x.stride(-1) == 1 else x.contiguous()',
         'x'),
     'backward: scale dropped': (
         COMPOSITE,
-        'ds = d_near / math.sqrt(q.size(-1))',
-        'ds = d_near'),
+        'ds = d_near / math.sqrt(q.size(-1))\n',
+        'ds = d_near\n'),
     'kernelized: circulant flipped': (
         KERNELIZED,
         'c[..., :T].flip(-1), torch.zeros_like(c[..., :1]), c[..., T:].flip(-1)',
@@ -269,11 +308,19 @@ ERRORS = {
         'torch.cat((wx.sin(), wx.cos()), -1)',
         'torch.cat((wx.sin(), wx.sin()), -1)'),
     'query and key exchanged': (
-        NOPE_COMPOSITE,
+        NOPE,
         'q, k, v = qkv.transpose',
         'k, q, v = qkv.transpose'),
+    'composite: query and key exchanged': (
+        COMPOSITE,
+        'q, k, v = self.c_attn(x)',
+        'k, q, v = self.c_attn(x)'),
+    'composite: heads split along time': (
+        COMPOSITE,
+        'z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for',
+        'z.reshape(B, self.n_head, T, C // self.n_head) for'),
     'heads split along time': (
-        NOPE_COMPOSITE,
+        NOPE,
         'qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)',
         'qkv = self.c_attn(x).view(B, self.n_head, 3, T, C // self.n_head).transpose(1, 3)'),
     'one token of the future seen': (

@@ -337,7 +337,7 @@ def attend_fast(q, k, v, kernel_scores, causal=True):
 def fast_is_quicker(q, kernel_size):
     """Whether attend_fast can be used for q (B, nh, T, hs) and is the quicker form there.
 
-    On a CPU, T = 64, 256: attend_dense 3.0, 12.0 ms, blocks 4.0, 7.9 ms (causal, float32, forward and backward, heads
+    On a CPU, T = 64, 256: attend_dense 3.1, 12.0 ms, blocks 4.0, 7.9 ms (causal, float32, forward and backward, heads
     of 32, one thread of an AVX512 CPU). Elsewhere from 256 tokens on: measured on a CPU, not on a GPU.
     """
     least = 128 if on_cpu(q) else max(256, 8 * kernel_size)

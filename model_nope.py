@@ -64,8 +64,8 @@ class Attention(nn.Module):
 
     def forward(self, x, valid=None, state=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, nh, T, hs)
+        q, k, v = self.c_attn(x).split(C, 2)  # each (B, T, C)
+        q, k, v = [z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v)]  # (B, nh, T, hs)
         if state is not None:  # decoding: the keys and values of the past come first
             if 'k' in state:
                 k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)

@@ -315,14 +315,10 @@ ERRORS = {
         COMPOSITE,
         'q, k, v = self.c_attn(x)',
         'k, q, v = self.c_attn(x)'),
-    'composite: heads split along time': (
-        COMPOSITE,
+    'heads split along time': (
+        NOPE_COMPOSITE,
         'z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for',
         'z.reshape(B, self.n_head, T, C // self.n_head) for'),
-    'heads split along time': (
-        NOPE,
-        'qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)',
-        'qkv = self.c_attn(x).view(B, self.n_head, 3, T, C // self.n_head).transpose(1, 3)'),
     'one token of the future seen': (
         ALL,
         'see = j <= i if causal',

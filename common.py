@@ -35,7 +35,8 @@ WORLD = int(os.environ.get('WORLD_SIZE', 1))  # number of processes
 def die(message, code=2):
     """One line on stderr and exit: wrong input (2), said once per machine, or a failure (1), said by whoever has it."""
     if LOCAL_RANK == 0 or code == 1:
-        print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr, flush=True)
+        line = ' '.join(str(message).split())
+        print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -110,7 +111,7 @@ def load_checkpoint(path):
                 raise ValueError(f'its setting {name} is no plain value')
         if not all(isinstance(loss, float) for loss in checkpoint['window']):
             raise ValueError('its window must hold floats')
-        prepare_data.check_meta(checkpoint['meta'])
+        prepare_data.check_vocabulary(checkpoint['meta'])
         return checkpoint
     except Exception as e:  # zip, pickle and torch have many errors for damaged files
         die(f'{path} is damaged, or no checkpoint of train.py: {type(e).__name__} {one_line(e)}')

@@ -364,21 +364,30 @@ def remove_leftovers(folder):
             pass  # it is there, and another user's
 
 
-def check_meta(meta):
-    """Raise ValueError unless `meta` can be what write_all() put into meta.json."""
-    counts = ('vocab_size', 'mask_id', 'train_tokens', 'train_bytes', 'val_tokens', 'val_bytes')
-    kinds = dict(tokenizer=str, dtype=str, source=str, sha256=dict, **dict.fromkeys(counts, int))
+def check_fields(meta, **kinds):
     for name, kind in kinds.items():
         if not isinstance(meta, dict) or type(meta.get(name)) is not kind:
             raise ValueError(f'it needs {name}, of type {kind.__name__}')
-    if meta['dtype'] not in ('uint16', 'uint32'):
-        raise ValueError(f'dtype must be uint16 or uint32, not {meta["dtype"]}')
+
+
+def check_vocabulary(meta):
+    """Raise ValueError unless `meta` says what a checkpoint must say of its tokens."""
+    check_fields(meta, tokenizer=str, vocab_size=int, mask_id=int, sha256=dict)
     if not 0 < meta['vocab_size'] <= meta['mask_id'] < 2 ** 24:
         raise ValueError('vocab_size must be positive, and mask_id from there to 2^24')
-    if min(meta[name] for name in counts) <= 0:
-        raise ValueError(f'{", ".join(counts)} must be positive')
     if not all(isinstance(digest, str) for digest in meta['sha256'].values()):
         raise ValueError('sha256 must hold strings')
+
+
+def check_meta(meta):
+    """Raise ValueError unless `meta` can be what write_all() put into meta.json."""
+    check_vocabulary(meta)
+    counts = ('train_tokens', 'train_bytes', 'val_tokens', 'val_bytes')
+    check_fields(meta, dtype=str, source=str, **dict.fromkeys(counts, int))
+    if meta['dtype'] not in ('uint16', 'uint32'):
+        raise ValueError(f'dtype must be uint16 or uint32, not {meta["dtype"]}')
+    if min(meta[name] for name in counts) <= 0:
+        raise ValueError(f'{", ".join(counts)} must be positive')
 
 
 def load(folder, check_data=False):

@@ -33,7 +33,7 @@ import train
 from common import die, one_line
 
 SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
-META = dict(tokenizer='gpt2', vocab_size=50257, mask_id=50257, sha256=None)  # what sample.py and train.py ask for
+META = dict(tokenizer='gpt2', vocab_size=50257, mask_id=50257, sha256={})  # what sample.py and train.py ask for
 ROWS = 50304  # of our embedding: the next multiple of 64
 FINE_TUNING = dict(model='nope', dataset='wikitext2', batch_size=8, micro_batch_size=1, max_iters=500,
                    warmup_iters=50, learning_rate=1e-4)  # may be changed by flags, here or when train.py resumes

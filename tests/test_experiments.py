@@ -300,7 +300,7 @@ def test_quick_touches_no_tracked_file(script, words, monkeypatch):
 def test_every_script_with_quick_is_tested():
     tested = test_quick_touches_no_tracked_file.pytestmark[0].args[1]
     with_quick = {p.stem for p in (REPO / 'experiments').glob('*.py') if '--quick' in p.read_text(encoding='utf-8')}
-    others = {'lib', 'prepare_speed', 'curves', 'look_inside'}
+    others = {'lib', 'prepare_speed', 'curves', 'look_inside', 'laptop', 'soak', 'take_positions_away'}
     assert with_quick - others == {script for script, _ in tested}
 
 

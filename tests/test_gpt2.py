@@ -15,6 +15,7 @@ from conftest import BASELINES, CORPORA, MODELS, REPO, TINY, Run
 sys.path.insert(0, str(REPO / 'experiments'))
 import from_gpt2  # noqa: E402
 import lib  # noqa: E402
+import prepare_data  # noqa: E402
 from sample import load_run  # noqa: E402
 
 C, LAYERS, HEADS, BLOCK, VOCAB = 16, 2, 2, 32, 50257
@@ -112,9 +113,10 @@ def tokens(tmp_path_factory):
         ids = np.random.default_rng(seed).integers(VOCAB, size=2000).astype(np.uint16)
         for part in ('train', 'val'):
             ids.tofile(folder / name / f'{part}.bin')
+        digest = prepare_data.sha256(folder / name / 'train.bin')
         (folder / name / 'meta.json').write_text(json.dumps(dict(
             tokenizer='gpt2', vocab_size=VOCAB, mask_id=VOCAB, dtype='uint16', train_tokens=2000, train_bytes=8000,
-            val_tokens=2000, val_bytes=8000, source='random', sha256={'train': name, 'val': name})))
+            val_tokens=2000, val_bytes=8000, source='random', sha256={'train': digest, 'val': digest})))
     return folder
 
 

@@ -31,10 +31,10 @@ ERRORS = {
         'train.py', 'default_rng((run.settings.seed, step, row))', 'default_rng((step, row))',
         'test_train.py::test_batches_depend_on_seed_and_step_alone'),
     'batches: all micro batches have the same rows': (
-        'train.py', 'first = RANK * share + i', 'first = RANK * share',
+        'train.py', 'range(i, i + micro)', 'range(first, first + micro)',
         'test_train.py::test_accumulation_changes_nothing_but_rounding'),
     'accumulation: the sum instead of the mean': (
-        'train.py', ' * (micro / share)', '',
+        'train.py', ' * (1 / len(batches))', '',
         'test_train.py::test_accumulation_changes_nothing_but_rounding'),
     'schedule: warm-up starts at zero': (
         'train.py', '(step + 1) / settings.warmup_iters', 'step / settings.warmup_iters',

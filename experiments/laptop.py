@@ -8,7 +8,7 @@ Is this code fast on a CPU? Each aim measured in one run, in turns with what it 
 The parts (all on the CPU; times are forward and backward, unless said otherwise):
     steps       a training step of every model at the tiny preset, against nanoGPT's model in float32
     chang       attention, both sides, against the module of Chang et al. (2021) with the same weights
-    near        composite attention as far + near, 1,024 tokens, against flash attention
+    near        the fast form of composite attention, 1,024 tokens, against flash attention
     auto        the form that `--attention auto` takes, against the faster of the two, over lengths and settings
     linear      kernelized attention, 4,096 tokens: without b against three lines, with b against flash attention
     sampling    milliseconds per token, one token at a time from a state
@@ -198,7 +198,7 @@ def near(args):
         torch.testing.assert_close(*(layers[form][0](layers[form][1]) for form in ('ours', 'dense')))
         ms = in_turns({form: passes(*layers[form]) for form in ('ours', 'flash')}, args.seconds * 4)
         side = 'causal' if causal else 'both sides'
-        yield row('near', f'far + near, {n} tokens, {side}, against flash', ms['ours'], ms['flash'], 'time', aim)
+        yield row('near', f'composite, fast, {n} tokens, {side}, against flash', ms['ours'], ms['flash'], 'time', aim)
 
 
 def auto(args):

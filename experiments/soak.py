@@ -26,7 +26,8 @@ import torch
 
 import lib
 
-MODEL = '--model composite --n_layer 2 --n_embd 32 --n_head 2 --block_size 32 --batch_size 8 --device cpu'.split()
+MODEL = ('--model composite --n_layer 2 --n_embd 32 --n_head 2 --block_size 32 --batch_size 8 --device cpu '
+         '--dtype float32').split()  # float32: other processes or another torch then differ by rounding alone
 SCHEDULE = '--eval_interval 20 --eval_tokens 65536 --checkpoint_interval 5 --log_interval 5 --warmup_iters 10'.split()
 LIMIT = 300  # seconds for any one process
 
@@ -129,7 +130,7 @@ def one_life(folder, out, words, processes, moment, dice):
 
 def kill_training(folder, kills, processes, dice):
     """-> rows of (what, processes, kills, checkpoints that went back, largest difference from an unbroken run)."""
-    steps = 40 + 20 * kills
+    steps = 40 + 40 * kills  # more than the run can reach before the last kill
     words = ['train.py', *MODEL, *SCHEDULE, '--data_dir', folder / 'data', '--dataset', 'text', '--max_iters', steps]
     unbroken = folder / f'unbroken-{processes}'
     out = folder / f'killed-{processes}'

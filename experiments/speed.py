@@ -99,7 +99,7 @@ def forms(gpu):
         known['softmax, cuDNN'] = (with_backend(SDPBackend.CUDNN_ATTENTION), any_n)
     return known | {
         'composite, dense': (compiled(with_kernel_scores(composite.attend_dense)), matrix),
-        'composite, far + near': (compiled(with_kernel_scores(composite.attend_fast)), any_n),
+        'composite, fast': (compiled(with_kernel_scores(composite.attend_fast)), any_n),
         'kernelized, dense': (compiled(with_features(kernelized.attend_dense)), matrix),
         'kernelized, plain FFT': (with_features(plain_fft), 32768 if gpu else 2048),
         'kernelized, FFT': (with_features(kernelized.attend_fft), any_n),

@@ -62,19 +62,25 @@ def wait_until(happened, process):
 
 
 def kill(process, dice):
-    """SIGKILL to the whole group, or (under torchrun) to one worker alone, and then to what is left."""
-    found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
-    if found and dice.random() < 0.5:
-        try:
-            os.kill(int(dice.choice(found)), signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it has just ended
+    """SIGKILL to all, or (under torchrun) to one worker alone, and a second later to what is left.
+
+    torchrun's workers lead process groups of their own, so they are killed by number.
+    """
+    workers = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+    if workers and dice.random() < 0.5:
+        kill_if_alive(os.kill, dice.choice(workers))
         time.sleep(1)
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    kill_if_alive(os.killpg, process.pid)
+    for worker in workers:
+        kill_if_alive(os.kill, worker)
     process.wait()
+
+
+def kill_if_alive(how, number):
+    try:
+        how(int(number), signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it has just ended
 
 
 def step_of(out):

@@ -17,12 +17,11 @@ The paper's tables lack one control, softmax with the same b: model_composite.py
 Departures from the paper: each layer has its own b (the paper shares it over the layers), and offsets beyond
 +-max_distance share the end weight (max_distance >= block_size is the paper's b). The random matrix is drawn once per
 layer, shared by the heads, and kept.
-Plain forms: attend_dense and attend_fft_plain. Fast forms (last part of this file): attend_fft in bounded memory;
-attend_chunked in O(T), exact because b is constant far away; attend_recurrent for decoding, with a state of constant
-size. test_equivalence.py proves all of them equal. Extreme b: all but the FFT subtract the largest b that each query
-sees, and stay exact. The FFT rounds all rows to one scale, 1e-7 of the largest sum in float32: rows whose weights are
-all far smaller lose their digits, and rounding lets later tokens leak in. So do a causal b that favours far offsets by
-more than about 5 nats, and --no-normalize, whose features span as much. `auto` never chooses the FFT.
+Plain forms: attend_dense and attend_fft_plain. Fast forms: attend_fft in bounded memory; attend_chunked in O(T), exact
+because b is constant far away; attend_recurrent for decoding, in constant memory. Extreme b: all but the FFT subtract
+the largest b that a query sees. The FFT rounds all rows to one scale, 1e-7 of the largest sum in float32: rows whose
+weights are all far smaller lose their digits, and rounding lets later tokens leak in. So do a causal b that favours far
+offsets by more than about 5 nats, and --no-normalize, whose features span as much. `auto` never chooses the FFT.
 """
 import math
 from dataclasses import dataclass
@@ -68,16 +67,23 @@ def random_matrix(m, hs, kind='prf'):
     return w
 
 
-def features(x, w, kind='prf', stable=False):
-    """phi with E[phi(x).phi(y)] = exp(x.y): x (..., hs), w (m, hs) -> (..., m), at least float32.
+def features(x, w, kind='prf', stable=False, normalize=False):
+    """phi with E[phi(x).phi(y)] = exp(x.y): x (..., hs), w (m, hs) -> (..., m), at least float32 unless normalize.
 
     prf: exp(w.x - |x|^2 / 2) / sqrt(m), positive. orf and sphere are prf with another w (sphere is unbiased for large
     hs only). trf: exp(|x|^2 / 2) [sin(w.x), cos(w.x)] / sqrt(m), (..., 2m), of either sign; it overflows for norms
     above 13, so use it with normalised x. elu: elu(x) + 1 (Katharopoulos et al. 2020), (..., hs); it estimates nothing.
     stable, for queries: without the factor that makes the largest exponent of each token 0; it cancels in the fraction.
+    normalize: x / |x| first (Algorithm 1); |x| counts as at least 1e-4, which bounds the gradient.
     """
     with torch.autocast(x.device.type, enabled=False):
+        dtype = x.dtype
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if normalize:
+            x = x * x.square().sum(-1, keepdim=True).clamp_min(1e-8).rsqrt()
+            if kind not in ('trf', 'elu'):  # exponents near 0: in bfloat16 the product is as good as its exponential
+                shift = x.new_full(w.shape[:1], -0.5 - math.log(w.size(0)) / 2, dtype=dtype)  # (m,)
+                return F.linear(x.to(dtype).contiguous(), w.to(dtype), shift).exp()  # (..., m)
         if kind == 'elu':
             return F.elu(x) + 1
         wx = x @ w.to(x.dtype).T  # (..., m)
@@ -134,8 +140,10 @@ def attend_dense(q, k, v, b, causal=True, valid=None):
     bias = along_diagonals(b[:, None].expand(-1, T, -1), 0, T)[None]  # (1, nh, T, T), a Toeplitz matrix per head
     bias = bias.masked_fill(~visible(T, T, causal, valid, q.device), float('-inf'))
     largest = bias.detach().amax(-1, keepdim=True)  # it cancels in the fraction, and exp cannot overflow
-    att = (q @ k.transpose(-2, -1)) * (bias - largest).exp()  # (B, nh, T, m) x (B, nh, m, T) -> (B, nh, T, T)
-    return divide(att.to(v.dtype) @ v, att.sum(-1, keepdim=True)).to(v.dtype)  # (B, nh, T, hs)
+    att = (q @ k.transpose(-2, -1)) * (bias - largest).exp().to(q.dtype)  # (B, nh, T, T)
+    values = torch.cat((v, torch.ones_like(v[..., :1])), -1)  # the last column gives the normaliser
+    y = att.to(v.dtype) @ values  # (B, nh, T, hs+1)
+    return divide(y[..., :-1], y[..., -1:]).to(v.dtype)
 
 
 def divide(y, total, least=1e-30):
@@ -153,8 +161,7 @@ def toeplitz_fft(c, x):
         c-2 c-1 c0 |  c1  c2  0         column with the vector, x padded with zeros: in Fourier space a product.
     """
     T = x.size(-1)
-    column = circulant_column(c)  # (..., 2T)
-    return torch.fft.irfft(torch.fft.rfft(column) * torch.fft.rfft(x, 2 * T), 2 * T)[..., :T]
+    return torch.fft.irfft(torch.fft.rfft(circulant_column(c)) * torch.fft.rfft(x, 2 * T), 2 * T)[..., :T]
 
 
 def circulant_column(c):
@@ -166,8 +173,7 @@ def circulant_column(c):
 def toeplitz_weights(b, T, causal):
     """e^b of the offsets 1-T ... T-1, divided by the largest: b (nh, 2R+1) -> (nh, 2T-1). Causal: the future is 0."""
     bias = along_diagonals(b[:, None], T - 1, 2 * T - 1).squeeze(1)  # (nh, 2T-1)
-    if causal:
-        bias = bias[:, :T]
+    bias = bias[:, :T] if causal else bias
     c = (bias - bias.detach().amax(-1, keepdim=True)).exp()
     return F.pad(c, (0, T - 1 if causal else 0))
 
@@ -209,20 +215,18 @@ class Attention(nn.Module):
 
     def forward(self, x, valid=None, state=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        qk, v = qkv.transpose(1, 3).split((2, 1), 2)  # (B, nh, 2, T, hs), (B, nh, 1, T, hs)
-        if self.normalize:  # Algorithm 1; eps bounds the gradient where a vector is zero
-            qk = F.normalize(qk, dim=-1, eps=1e-4)
-            q, k = features(qk, self.w, self.kind).unbind(2)  # each (B, nh, T, m)
+        qk, v = self.c_attn(x).split((2 * C, C), 2)
+        qk = qk.view(B, T, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (2, B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        if self.normalize:
+            q, k = features(qk, self.w, self.kind, normalize=True).to(v.dtype)  # each (B, nh, T, m)
         else:
-            q, k = (qk * qk.size(-1) ** -0.25).unbind(2)
-            q = features(q, self.w, self.kind, stable=True)  # (B, nh, T, m)
-            k = features(k, self.w, self.kind)  # (B, nh, T, m)
-        v = v.squeeze(2)  # (B, nh, T, hs)
-        q = q.to(v.dtype)  # bfloat16 under autocast: half the memory; sums over the keys stay float32
-        k = k.to(v.dtype)
+            qk = qk * qk.size(-1) ** -0.25
+            q = features(qk[0], self.w, self.kind, stable=True).to(v.dtype)
+            k = features(qk[1], self.w, self.kind).to(v.dtype)
         b = self.w.new_zeros(self.n_head, 1) if self.b is None else self.b
-        long = T >= 256 and T > b.size(-1)  # chunks are quicker then
+        least = (256 if self.causal else 384) * (1.5 if v.dtype == torch.bfloat16 else 1) + b.size(-1) // 4
+        long = T > max(b.size(-1), least)  # chunks are quicker then, measured on a CPU
         if state is not None:
             y = attend_recurrent(q, k, v, b, valid, state)
         elif self.attention == 'fft':
@@ -459,7 +463,7 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
     reach = min(max(0, -(-(R - 1) // chunk)), n_chunks - 1)  # all other chunks are at R tokens or more
     n_near = reach + 1 if causal else 2 * reach + 1
     filler = n_chunks * chunk - T
-    q, k, v = [F.pad(x, (0, 0, 0, filler)).view(B, nh, n_chunks, chunk, -1) for x in (q, k, v)]
+    q, k, v = [(F.pad(x, (0, 0, 0, filler)) if filler else x).unflatten(2, (n_chunks, chunk)) for x in (q, k, v)]
 
     def near(x):  # (B, nh, n_chunks, chunk, f) -> (B, nh, n_chunks, n_near chunk, f), zeros beyond the ends
         padded = F.pad(x, (0, 0, 0, 0, reach, n_near - reach - 1))

@@ -668,6 +668,8 @@ def test_random_features_are_unbiased():
     stable, plain = kernelized.features(x, w[:8], stable=True), kernelized.features(x, w[:8])
     factor = (x.square().sum() / 2 - (x @ w[:8].T).max()).exp()
     check("a query's stabilized features = the plain ones times one factor", '8 features', stable, plain * factor)
+    check('features with x normalised = those of x / |x|', '8 features',
+          kernelized.features(x, w[:8], normalize=True), kernelized.features(F.normalize(x, dim=0), w[:8]))
     one = torch.full((D,), D ** -0.5, dtype=torch.float64)
     w = kernelized.random_matrix(20000 * D, D, 'orf').double()
     for sign in (1.0, -1.0):

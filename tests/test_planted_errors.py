@@ -201,8 +201,8 @@ ERRORS = {
         'largest = torch.full((), -1e9)  # ('),
     'kernelized: normaliser without the bias': (
         KERNELIZED,
-        'divide(att.to(v.dtype) @ v, att.sum(-1, keepdim=True))',
-        'divide(att.to(v.dtype) @ v, (q @ k.transpose(-2, -1)).sum(-1, keepdim=True))'),
+        'divide(y[..., :-1], y[..., -1:]).to(v.dtype)',
+        'divide(y[..., :-1], (q @ k.transpose(-2, -1)).sum(-1, keepdim=True)).to(v.dtype)'),
     'kernelized: far constant of the wrong side': (
         KERNELIZED,
         '((b[:, 0], sum_before)',
@@ -241,16 +241,20 @@ ERRORS = {
         'see = see & (j < chunk)'),
     'kernelized: queries and keys not normalised': (
         KERNELIZED,
-        'qk = F.normalize(qk, dim=-1, eps=1e-4)',
-        'qk = qk'),
+        'self.kind, normalize=True',
+        'self.kind'),
     'kernelized: normalised over the whole sequence': (
         KERNELIZED,
-        'F.normalize(qk, dim=-1, eps=1e-4)',
-        'F.normalize(qk, dim=-2, eps=1e-4)'),
+        'x.square().sum(-1, keepdim=True).clamp_min',
+        'x.square().sum(-2, keepdim=True).clamp_min'),
     'kernelized: scale of plain random features': (
         KERNELIZED,
         'qk * qk.size(-1) ** -0.25',
         'qk * qk.size(-1) ** -0.5'),
+    'kernelized: features without their scale, unit length': (
+        KERNELIZED,
+        '-0.5 - math.log',
+        '-0.4 - math.log'),
     'kernelized: norm of the keys left out': (
         KERNELIZED,
         'if stable else half_square\n',
@@ -297,8 +301,8 @@ ERRORS = {
         "(state.get('kv', 0) + shown.transpose(2, 3) @ v[:, :, :old].to(wide)).bfloat16().to(wide)"),
     'kernelized: largest log-weight of the future': (
         KERNELIZED,
-        '(bias - largest).exp()  # (B, nh, T, m)',
-        '(bias - largest.roll(-1, 2)).exp()  # (B, nh, T, m)'),
+        '(bias - largest).exp().to',
+        '(bias - largest.roll(-1, 2)).exp().to'),
     'kernelized: elu without one': (
         KERNELIZED,
         'return F.elu(x) + 1',

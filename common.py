@@ -24,6 +24,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import prepare_data
 
@@ -332,6 +333,37 @@ def compile_lacks(settings, device):
     return None
 
 
+# dense bf16 FLOP/s by name; an unknown GPU gets no MFU rather than a wrong one
+PEAK = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
+        'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+
+
+def peak_flops(device):
+    """Operations per second of a GPU's bfloat16 products, or None."""
+    if device.type != 'cuda':
+        return None
+    gpu = torch.cuda.get_device_name(device)
+    return next((flops for name, flops in PEAK.items() if re.search(rf'\b{name}\b', gpu)), None)
+
+
+def count_flops(call):
+    """Operations of the products that call() makes.
+
+    torch counts matrix products, convolutions and CUDA's attention kernels, but no FFT and no sum over shifted
+    neighbours. A causal (T, T) matrix counts whole, as in nanoGPT.
+    """
+    flash = {torch.ops.aten._flash_attention_forward: flash_flops}
+    with FlopCounterMode(display=False, custom_mapping=flash) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def flash_flops(q, k, v, *_, out_shape=None, **__):
+    """Operations of the flash kernel for shapes (B, T, nh, hs): torch's own formula takes them for (B, nh, T, hs)."""
+    q, k, v = [(B, nh, T, hs) for B, T, nh, hs in (q, k, v)]
+    return sdpa_flop_count(q, k, v)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the command line
 
@@ -373,7 +405,7 @@ def load_model_file(name):
     """Import model_<name>.py, which stands beside train.py or in baselines/."""
     here = Path(__file__).resolve().parent
     for folder in (here, here / 'baselines'):
-        if re.fullmatch(r'\w+', str(name)) and (folder / f'model_{name}.py').is_file():
+        if re.fullmatch(r'[\w-]+', str(name)) and (folder / f'model_{name}.py').is_file():
             sys.path.insert(0, str(folder))
             return importlib.import_module(f'model_{name}')
     found = sorted(here.glob('model_*.py')) + sorted(here.glob('baselines/model_*.py'))
@@ -404,3 +436,33 @@ def drop_other_scheme(file, model):
 def as_flags(values):
     """A preset or a config.json as the flags that say the same: one parser checks them all."""
     return [f'--no-{k}' if v is False else f'--{k}' if v is True else f'--{k}={v}' for k, v in values.items()]
+
+
+def check_numbers(flags, settings):
+    """Refuse numbers that make no sense. settings: the fields that are train.py's own; a scheme checks its fields."""
+    from_1 = ('batch_size', 'eval_interval', 'eval_tokens', 'log_interval', 'block_size', 'n_layer', 'n_head', 'n_embd')
+    limits = dict.fromkeys([*settings, 'vocab_size', 'init_std'], (0, 2 ** 31))
+    limits.update(dict.fromkeys(from_1, (1, 2 ** 31)))
+    limits.update(mask_prob=(0.001, 1), dropout=(0, 0.9999), beta1=(0, 0.9999), beta2=(0, 0.9999))
+    for name, value in vars(flags).items():
+        if '\0' in str(value):
+            die(f'--{name} must not hold the character NUL')
+        low, high = limits.get(name, (-2 ** 31, 2 ** 31))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            die(f'--{name} must be from {low} to {high}, not {value}')
+
+
+def run_main(main):
+    """Run main(). What is no mistake in the code, such as a full disk, becomes one line and exit code 1."""
+    try:
+        main()
+    except torch.OutOfMemoryError as e:
+        die(f'out of GPU memory: try --micro_batch_size 1, 2, 4, ... Without dropout the curve stays. {one_line(e)}', 1)
+    except OSError as e:
+        die(e, 1)  # a full disk, a folder that may not be written
+    except RuntimeError as e:
+        if "can't allocate memory" not in str(e):
+            raise
+        die(f'out of memory: try a smaller model or --micro_batch_size. {one_line(e)}', 1)
+    except KeyboardInterrupt:
+        sys.exit(130)

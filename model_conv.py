@@ -302,7 +302,7 @@ class Model(nn.Module):
         return self.ln_f(x)
 
     def forward(self, idx, targets=None, where=None, valid=None, state=None):
-        """-> logits (B, T, vocab_size), and the mean cross entropy in nats or None.
+        """-> logits (B, T, vocab_size), mean cross entropy in nats or None. With a loss, logits have no gradient.
 
         targets (B, T) int64, -1 = not predicted. where (B, M) int64: predict at these places only (masked language
         model); logits are then (B, M, vocab_size) and targets (B, M). idx, valid, state: see hidden().

@@ -24,7 +24,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
 
 import common
 from common import RANK, WORLD, any_process, die, log, one_line, say, write
@@ -393,16 +392,7 @@ def resolve(argv):
 
 def check(flags):
     """Refuse numbers that make no sense, before anything is made. A scheme checks its own fields itself."""
-    from_1 = ('batch_size', 'eval_interval', 'eval_tokens', 'log_interval', 'block_size', 'n_layer', 'n_head', 'n_embd')
-    limits = dict.fromkeys([*vars(Settings()), 'vocab_size', 'init_std'], (0, 2 ** 31))
-    limits.update(dict.fromkeys(from_1, (1, 2 ** 31)))
-    limits.update(mask_prob=(0.001, 1), dropout=(0, 0.9999), beta1=(0, 0.9999), beta2=(0, 0.9999))
-    for name, value in vars(flags).items():
-        if '\0' in str(value):
-            die(f'--{name} must not hold the character NUL')
-        low, high = limits.get(name, (-2 ** 31, 2 ** 31))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            die(f'--{name} must be from {low} to {high}, not {value}')
+    common.check_numbers(flags, vars(Settings()))
     if not re.fullmatch(r'[\w.-]*\w[\w.-]*', flags.dataset):
         die(f'--dataset names a folder: letters, digits, dots, dashes and underscores only, not {flags.dataset!r}')
     if flags.objective == 'causal' and not flags.causal:
@@ -511,43 +501,18 @@ def describe(run, loss):
             f'perplexity {math.exp(min(loss, 99)):.2f}')
 
 
-# dense bf16 FLOP/s by name; an unknown GPU gets no MFU rather than a wrong one
-PEAK = {'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
-        'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
-
-
 def speed_at_peak(run, model):
     """Tokens/s at which the GPUs would do the model's products at their peak rate, MFU 100 %; None where unknown."""
-    if run.device.type != 'cuda' or run.dtype != torch.bfloat16:
-        return None
-    gpu = torch.cuda.get_device_name(run.device)
-    peak = next((flops for name, flops in PEAK.items() if re.search(rf'\b{name}\b', gpu)), None)
+    peak = common.peak_flops(run.device) if run.dtype == torch.bfloat16 else None
     return peak * WORLD / flops_per_token(run, model) if peak else None
 
 
 def flops_per_token(run, model):
-    """Operations per token, forward and backward, of the products that this model makes on this device.
-
-    torch counts one forward pass of one row: matrix products, convolutions and CUDA's attention kernels, but no FFT and
-    no sum over shifted neighbours. The backward pass makes two products for each; what it computes again does not
-    count. A causal (T, T) matrix counts whole, as in nanoGPT.
-    """
+    """Operations per token of the products that this model makes on this device; backward twice as many as forward."""
     rows = on_device(run, train_rows(run, 0, range(1)))
-    with FlopCounterMode(display=False) as counter:
-        forward(run, model.forward, rows)  # not model(...): compiled code would hide its products
-    return 3 * counter.get_total_flops() / run.config.block_size
+    once = common.count_flops(lambda: forward(run, model.forward, rows))  # not model(...): compiled code hides products
+    return 3 * once / run.config.block_size
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except torch.OutOfMemoryError as e:
-        die(f'out of GPU memory: try --micro_batch_size 1, 2, 4, ... Without dropout the curve stays. {one_line(e)}', 1)
-    except OSError as e:
-        die(e, 1)  # a full disk, a folder that may not be written
-    except RuntimeError as e:
-        if "can't allocate memory" not in str(e):
-            raise
-        die(f'out of memory: try a smaller model or --micro_batch_size. {one_line(e)}', 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    common.run_main(main)

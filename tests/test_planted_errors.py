@@ -15,6 +15,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 COMPOSITE, CONV, KERNELIZED, NOPE = [f'model_{name}.py' for name in ('composite', 'conv', 'kernelized', 'nope')]
+NOPE_COMPOSITE = f'{NOPE} {COMPOSITE}'
 ALL = f'{NOPE} {COMPOSITE} {CONV}'
 ROPE, ALIBI, TISA, CAPE = [f'baselines/model_{name}.py' for name in ('rope', 'alibi', 'tisa', 'cape')]
 # what: (files, right, wrong); the right text stands exactly once in each of the files
@@ -548,7 +549,6 @@ def plant(what):
 
 def plant_all(errors=ERRORS):
     """{what: (exit status, first red row)}, two at a time, each in a new process (forked on Linux: torch is slow)."""
-    import torch  # noqa: F401
     method = 'fork' if sys.platform == 'linux' else 'spawn'
     with multiprocessing.get_context(method).Pool(2, maxtasksperchild=1) as pool:
         return dict(zip(errors, pool.map(plant, errors, chunksize=1)))

@@ -1,5 +1,6 @@
 """train.py as users run it: learning, stopping, going on, several processes, wrong input."""
 import csv
+import functools
 import io
 import json
 import math
@@ -250,6 +251,9 @@ def test_operations_are_those_of_the_scheme(objective):
     assert count('nope', T) == pytest.approx(by_hand)
     assert count('composite', T, attention='dense') == pytest.approx(by_hand + 3 * L * 2 * C * 17)
     assert count('kernelized', 2048, attention='chunked') < 0.6 * count('nope', 2048)
+    q = torch.empty(1, 1024, 12, 64, device='meta', dtype=torch.bfloat16)  # (B, T, nh, hs)
+    flash = [torch.ops.aten._flash_attention_forward, q, q, q, None, None, 1024, 1024, 0.0, True, False]
+    assert common.count_flops(functools.partial(*flash)) == 2 * 2 * 12 * 1024 ** 2 * 64
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------

@@ -549,6 +549,7 @@ def plant(what):
 
 def plant_all(errors=ERRORS):
     """{what: (exit status, first red row)}, two at a time, each in a new process (forked on Linux: torch is slow)."""
+    import torch  # noqa: F401, here, so that the forked processes have it
     method = 'fork' if sys.platform == 'linux' else 'spawn'
     with multiprocessing.get_context(method).Pool(2, maxtasksperchild=1) as pool:
         return dict(zip(errors, pool.map(plant, errors, chunksize=1)))

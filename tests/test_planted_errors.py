@@ -182,8 +182,8 @@ ERRORS = {
         'c[..., T - 1:], torch.zeros_like(c[..., :1]), c[..., :T - 1]'),
     'kernelized: circulant without padding': (
         KERNELIZED,
-        'column = circulant_column(c)  # (..., 2T)\n    return',
-        'column = circulant_column(c)\n    column = F.pad(column[..., :T] + column[..., T:], (0, T))\n    return'),
+        'torch.fft.rfft(circulant_column(c)) * torch.fft.rfft(x, 2 * T), 2 * T)',
+        'torch.fft.rfft(circulant_column(c).unflatten(-1, (2, T)).sum(-2)) * torch.fft.rfft(x, T), T)'),
     'kernelized: gradient of the circulant a convolution': (
         KERNELIZED,
         '(X.conj() * dY)',
@@ -314,8 +314,8 @@ ERRORS = {
         'torch.cat((wx.sin(), wx.sin()), -1)'),
     'query and key exchanged': (
         NOPE,
-        'q, k, v = qkv.transpose',
-        'k, q, v = qkv.transpose'),
+        'q, k, v = self.c_attn(x).split',
+        'k, q, v = self.c_attn(x).split'),
     'composite: query and key exchanged': (
         COMPOSITE,
         'q, k, v = self.c_attn(x)',

@@ -304,6 +304,21 @@ def test_every_script_with_quick_is_tested():
     assert with_quick - others == {script for script, _ in tested}
 
 
+def test_soak_sees_differences(tmp_path):
+    """Equal runs, another weight, another loss, a missing row."""
+    soak = importlib.import_module('soak')
+    log = 'step,train_loss,val_loss\n5,2.5,\n10,2.25,2.5\n'
+    logs = dict(a=log, same=log, weight=log, loss=log.replace('2.25', '2.75'), row=log[:-len('10,2.25,2.5\n')])
+    for name, text in logs.items():
+        (tmp_path / name).mkdir()
+        weight = torch.ones(3) + (name == 'weight') * 0.125
+        torch.save(dict(step=10, model=dict(w=weight)), tmp_path / name / 'ckpt_last.pt')
+        (tmp_path / name / 'log.csv').write_text(text)
+    found = [soak.difference(tmp_path / 'a', tmp_path / name) for name in ('same', 'weight', 'loss', 'row')]
+    assert found == [0, 0.125, 0.5, math.inf]
+    assert soak.step_of(tmp_path / 'a') == 10 and soak.step_of(tmp_path) == -1
+
+
 def test_quick_sizes(monkeypatch):
     """Defaults that --quick makes smaller; a flag wins over both."""
     probes = importlib.import_module('probe_position')

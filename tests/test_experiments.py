@@ -502,7 +502,7 @@ def test_speed_names_the_kernel_that_ran():
     for which, name in ((SDPBackend.FLASH_ATTENTION, 'flash'), (SDPBackend.MATH, 'math')):
         with sdpa_kernel(which):
             assert speed.backend(lambda: F.scaled_dot_product_attention(q, q, q)) == name
-    assert speed.backend(lambda: model_composite.attend_fast(q, q, q, torch.zeros(1, 1, 20, 5))) == 'flash'
+    assert speed.backend(lambda: model_composite.attend_far_and_near(q, q, q, torch.zeros(1, 1, 20, 5))) == 'flash'
     assert speed.backend(lambda: q @ q.transpose(2, 3)) == ''
 
 

@@ -276,18 +276,21 @@ def attend_fast(q, k, v, kernel_scores, causal=True):
 def fast_is_quicker(q, kernel_size):
     """Whether attend_fast can be used for q (B, nh, T, hs) and is the quicker form there.
 
-    On a CPU, T = 64, 256: attend_dense 3.1, 12.0 ms, blocks 4.0, 7.9 ms (causal, float32, forward and backward, heads
-    of 32, one thread of an AVX512 CPU). Elsewhere from 256 tokens on: measured on a CPU, not on a GPU.
+    On a CPU, T = 128, 256, causal: attend_dense 26.4, 42.5 ms, blocks 18.3, 25.3 ms; in bfloat16 12.9, 20.5 ms and
+    17.7, 17.6 ms (forward and backward, 3,072 tokens, heads of 32, two threads of an AVX512-BF16 CPU). Elsewhere from
+    256 tokens on: measured on a CPU, not on a GPU.
     """
-    least = 128 if on_cpu(q) else max(256, 8 * kernel_size)
+    least = max(256, 8 * kernel_size)
+    if on_cpu(q):
+        least = 256 if q.dtype == torch.bfloat16 else 128
     return q.size(2) >= least and has_flash(q)
 
 
 def blocks_are_quicker(q, causal):
     """Whether blocks are the quicker fast form for q (B, nh, T, hs).
 
-    T = 1,024, 4,096, causal: blocks 22.9, 161 ms, far and near 33.4, 151 ms (bfloat16: 26.0, 196 and 31.8, 135).
-    Both sides: 38.1, 278 and 64.6, 292 (31.7, 256 and 59.9, 254). Measured as in fast_is_quicker.
+    T = 1,024, 2,048, 4,096, causal: blocks 58, 92, 259 ms, far and near 91, 119, 206 ms; both sides 79, 145, 279 and
+    160, 221, 375 ms (float32, 4,096 tokens in all). Measured as in fast_is_quicker.
     """
     long = causal and q.size(2) >= 4096
     return on_cpu(q) and not long
@@ -308,7 +311,7 @@ def attend_in_blocks(q, k, v, kernel_scores, causal=True):
 
 
 class InBlocks(torch.autograd.Function):
-    """attend_dense by hand, in blocks: some heads, 64 queries and all keys that they see.
+    """attend_dense by hand, in blocks: some heads, 128 queries and all keys that they see.
 
     kernel (B, nh, T, 2k+1): its first entries are 0, so that only the near keys and those on the right get a number.
     Keys and values get k zeros at both ends (causal: in front), so that every query has all its near keys. In a block
@@ -371,8 +374,11 @@ class InBlocks(torch.autograd.Function):
         return *[x.unflatten(0, shape) for x in gradients], None
 
 
-def blocks(q, reach, causal, rows=64, largest=2 ** 18):
-    """Index of the queries and of the padded keys of each block, for q (B nh, T, hs). largest: numbers in a block."""
+def blocks(q, reach, causal, rows=128, largest=2 ** 20):
+    """Index of the queries and of the padded keys of each block, for q (B nh, T, hs). largest: numbers in a block.
+
+    The sizes are those of two threads: with 64 and 2^18 a text of 4,096 tokens takes 1.5 times as long.
+    """
     n, T, _ = q.shape
     heads = max(1, largest // (min(rows, T) * T))
     for head in range(0, n, heads):

@@ -277,12 +277,12 @@ def fast_is_quicker(q, kernel_size):
     """Whether attend_fast can be used for q (B, nh, T, hs) and is the quicker form there.
 
     On a CPU, T = 128, 256, causal: attend_dense 26.4, 42.5 ms, blocks 18.3, 25.3 ms; in bfloat16 12.9, 20.5 ms and
-    17.7, 17.6 ms (forward and backward, 3,072 tokens, heads of 32, two threads of an AVX512-BF16 CPU). Elsewhere from
-    256 tokens on: measured on a CPU, not on a GPU.
+    17.7, 17.6 ms (forward and backward, 3,072 tokens, heads of 32, two threads of an AVX512-BF16 CPU); forward alone
+    blocks are quicker at 128 in bfloat16, too. Elsewhere from 256 tokens on: measured on a CPU, not on a GPU.
     """
     least = max(256, 8 * kernel_size)
     if on_cpu(q):
-        least = 256 if q.dtype == torch.bfloat16 else 128
+        least = 256 if q.dtype == torch.bfloat16 and torch.is_grad_enabled() else 128
     return q.size(2) >= least and has_flash(q)
 
 

@@ -225,7 +225,7 @@ class Attention(nn.Module):
             q = features(qk[0], self.w, self.kind, stable=True).to(v.dtype)
             k = features(qk[1], self.w, self.kind).to(v.dtype)
         b = self.w.new_zeros(self.n_head, 1) if self.b is None else self.b
-        least = (256 if self.causal else 384) * (1.5 if v.dtype == torch.bfloat16 else 1) + b.size(-1) // 4
+        least = (256 if self.causal else 512) * (1.5 if v.dtype == torch.bfloat16 else 1) + b.size(-1) // 4
         long = T > max(b.size(-1), least)  # chunks are quicker then, measured on a CPU
         if state is not None:
             y = attend_recurrent(q, k, v, b, valid, state)

@@ -20,15 +20,16 @@ Found at the paper's size (in parentheses what an independent program found); th
   sigma     0.002: 0.28 of theory (0.28), because LayerNorm's eps is not small then; 0.2: flat, because each token
             attends to one other. No mask: flat in all layers
 Writes experiments/results/attention_variance.png and .csv (what, sigma, layer, m, variance, theory); with --quick
-out/quick/attention_variance-quick.
+out/quick/attention_variance-quick; with --name attention_variance-<name>, trained runs alone.
 """
 import argparse
 import math
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import torch
-from lib import common_flags, parse, positive, pyplot, save, short_names, text, write_csv
+from lib import common_flags, parse, positive, pyplot, runs_of, save, short_names, text, with_earlier, write_csv
 
 from common import die, load_model_file
 from sample import load_run
@@ -38,12 +39,12 @@ HEADER = ('what', 'sigma', 'layer', 'm', 'variance', 'theory')
 
 
 def random_model(name, sigma, seed, device, **config):
-    """A frozen model as the theory wants it; sigma is meant at width 768."""
+    """A frozen model, by default as the theory wants it; sigma is meant at width 768."""
     module = load_model_file(name)
     sigma = sigma * math.sqrt(768 / config['n_embd'])
     torch.manual_seed(seed)
     try:
-        model = module.Model(module.Config(init_std=sigma, scale_residual_init=False, **config))
+        model = module.Model(module.Config(**{'init_std': sigma, 'scale_residual_init': False, **config}))
     except ValueError as e:  # n_head, for example
         die(e)
     return model.to(device).eval().requires_grad_(False)
@@ -188,8 +189,13 @@ def arguments():
     parser.add_argument('--data_dir', default='data', help='where their prepared text is (default data)')
     parser.add_argument('--seed', type=int, default=1, help='of weights and tokens (default 1)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    common_flags(parser, 'smaller: width 256, 4 heads, 4 layers, 256 tokens', dataset=False)
-    return parse(parser, SIZES)
+    common_flags(parser, 'smaller: width 256, 4 heads, 4 layers, 256 tokens', dataset=False, name=True)
+    args = parse(parser, SIZES)
+    if args.name and args.out_dir:
+        parser.error('give --out_dir or --name, not both')
+    if args.name:
+        args.out_dir = runs_of(args.name)
+    return args
 
 
 def main():
@@ -198,16 +204,20 @@ def main():
     print(f'on {args.device}')
     if args.device.startswith('cuda'):
         torch.set_float32_matmul_precision('high')  # TF32: its rounding is far below what is seen here
-    curves = random_curves(args)
+    curves = [] if args.name else random_curves(args)
     for name, out_dir in zip(names, args.out_dir):
         curves += trained_curves(name, out_dir, args)
     longest = max(len(v) for *_, v, _ in curves)
     at = [2 ** i for i in range(longest.bit_length())]
     rows = table_rows(curves, at)
-    path = write_csv(args.results, 'attention_variance-quick' if args.quick else 'attention_variance', HEADER, rows)
+    parts = ['attention_variance', args.name, 'quick' if args.quick else '']
+    path = Path(args.results, '-'.join(part for part in parts if part) + '.csv')
+    if args.name:
+        rows = with_earlier(path, rows, 1)
+    write_csv(path.parent, path.stem, HEADER, rows)
     print_table(curves, at)
-    random = f'd {args.n_embd}, {args.n_layer} layers, {args.vocab_size} kinds of tokens'
-    save(draw(rows, f'variance of the attention output (random models: {random})'), path)
+    random = f'random models: d {args.n_embd}, {args.n_layer} layers, {args.vocab_size} kinds of tokens'
+    save(draw(rows, f'variance of the attention output ({args.name or random})'), path)
 
 
 if __name__ == '__main__':

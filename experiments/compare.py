@@ -13,7 +13,9 @@ features (prf), normalised ones (nprf) and normalised trigonometric ones (trf: R
 with relative positions of the same 257 offsets. The schemes rope, alibi, tisa and cape are the files of baselines/.
 Runs stay in out/compare/ and are not trained twice: an interrupted comparison goes on where it stopped. Runs of one
 --name have the same settings; other settings need another name.
-Writes experiments/results/compare-<name>[-<objective, if only one>].csv and .png. The CSV's first line is the command.
+Writes experiments/results/compare-<name>[-<objective, if only one>].csv, again after each run, and .png. The first line
+of the CSV is the last command. Runs of an earlier command with the same settings stay in the CSV, and those of known
+schemes are not trained again, even when out/ is gone. So two commands can fill one table side by side.
 """
 import argparse
 import csv
@@ -30,7 +32,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from lib import REPO, common_flags, parse, positive, pyplot, save, write_csv
+from lib import REPO, common_flags, parse, positive, pyplot, read_csv, save, write_csv
 
 import train
 from common import die
@@ -59,10 +61,12 @@ SCHEMES = {  # name: flags of train.py
     'alibi': ['--model', 'alibi'],
     'tisa': ['--model', 'tisa'],
     'cape': ['--model', 'cape'],
+    'conv-qkv': ['--model', 'conv', '--no-lightweight', '--no-dynamic', '--no-output', '--queries_keys', '--values'],
+    'nprf+rpe-64': ['--model', 'kernelized', '--max_distance', '64'],
 }
 PALETTE = ('C0 C1 C2 C3 C4 C5 C6 C7 C8 C9 '
            '#aec7e8 #ffbb78 #98df8a #ff9896 #c5b0d5 #c49c94 #e7cb94 #8c6d31 #000000 '
-           '#006d5b #b30059 #5f9ea0 #7f7f00').split()
+           '#006d5b #b30059 #5f9ea0 #7f7f00 #4b0082 #cd5c5c').split()
 OWN_PALETTE = '#ff00ff #00c000 #0000ff #ffd700 #800000 #00ced1'.split()  # for schemes that SCHEMES does not know
 QUICK = ('--max_iters 60 --n_layer 2 --n_embd 64 --batch_size 16 --warmup_iters 10 --eval_interval 20 '
          '--eval_tokens 16384').split()
@@ -173,6 +177,37 @@ def losses(out):
         return [(int(r['step']), float(r['val_loss'])) for r in csv.DictReader(f) if r['val_loss']]
 
 
+def table_settings(command):
+    """What all runs of a table share: the data set and the flags for train.py."""
+    words = shlex.split(command)
+    dataset = words[words.index('--dataset') + 1] if '--dataset' in words else 'python'
+    return dataset, words[words.index('--train') + 1:] if '--train' in words else []
+
+
+def recorded(path, command):
+    """{(objective, scheme, seed): [(step, loss)]} of the table at path, if its own command had the same settings."""
+    if not path.is_file():
+        return {}
+    first = path.read_text(encoding='utf-8').partition('\n')[0]
+    if table_settings(first.removeprefix('# ')) != table_settings(command):
+        return {}
+    found = {}
+    for row in read_csv(path):
+        key = row['objective'], row['scheme'], int(row['seed'])
+        found.setdefault(key, []).append((int(row['step']), float(row['val_loss'])))
+    return found
+
+
+def record(path, command, key, curve):
+    """Add one run to the table at path, or put it in the place of the run with the same key."""
+    runs = {**recorded(path, command), key: curve}
+    order = in_order([scheme for _, scheme, _ in runs])
+    rows = []
+    for key in sorted(runs, key=lambda key: (key[0], order.index(key[1]), key[2])):
+        rows += [(*key, step, f'{loss:g}') for step, loss in runs[key]]
+    write_csv(path.parent, path.stem, ('objective', 'scheme', 'seed', 'step', 'val_loss'), rows, command)
+
+
 def p_value(differences):
     """Two-sided p of Student's t-test that paired differences (one per seed, two or more) have mean 0."""
     n = len(differences) - 1  # degrees of freedom
@@ -278,19 +313,20 @@ def main():
                          '--out_dir', str(out), *args.train, *flags]
                 check_run(out, words)
                 runs.append((objective, scheme, seed, out, words))
+    name = '-'.join(['compare', args.name, *(args.objectives if len(args.objectives) == 1 else [])])
+    path = Path(args.results, f'{name}.csv')
     curves = {}
     for k, (objective, scheme, seed, out, words) in enumerate(runs, 1):
-        if not (out / 'loss.png').exists():  # the last file that a run writes
+        key = objective, scheme, seed
+        trained = (out / 'loss.png').exists()  # the last file that a run writes
+        curve = None if trained or scheme not in SCHEMES else recorded(path, command).get(key)
+        if not (trained or curve):
             train_run(words, f'run {k} of {len(runs)}: {scheme} {objective} seed {seed}')
-        curves.setdefault((objective, scheme), []).append(losses(out))
-        print(f'{objective} {scheme} seed {seed}: {curves[objective, scheme][-1][-1][1]:.4f}', flush=True)
+        curve = curve or losses(out)
+        record(path, command, key, curve)
+        curves.setdefault((objective, scheme), []).append(curve)
+        print(f'{objective} {scheme} seed {seed}: {curve[-1][1]:.4f}', flush=True)
 
-    rows = []
-    for (objective, scheme), of_seeds in curves.items():
-        for seed, run in enumerate(of_seeds, 1):
-            rows += [(objective, scheme, seed, step, f'{loss:g}') for step, loss in run]
-    name = '-'.join(['compare', args.name, *(args.objectives if len(args.objectives) == 1 else [])])
-    path = write_csv(args.results, name, ('objective', 'scheme', 'seed', 'step', 'val_loss'), rows, command)
     print_losses(curves)
     if args.against:
         print_differences(curves, args.against)

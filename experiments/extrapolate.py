@@ -1,14 +1,14 @@
 """
 Loss at 1, 2, 4 and 8 times the length of training, for any checkpoints.
 
-    python experiments/extrapolate.py out/compare/python-causal-*    # the runs of compare.py: one line per scheme
+    python experiments/extrapolate.py --name python    # the causal runs of compare.py: one line per scheme
     python experiments/extrapolate.py out/composite-causal-python out/nope-causal-python --quick
 
 None of the three papers shows it for all schemes. The same tokens are predicted at every length: the last block_size
 tokens of texts of 8 times block_size, with 0, 1, 3 or 7 times block_size tokens before them (so at 1x the first of them
 have little context). A scheme that extrapolates gains from the longer context or stays level; learned absolute
 positions end at block_size and have no value for longer texts.
-Writes experiments/results/extrapolate.csv and .png (with --quick out/quick/extrapolate-quick).
+Writes experiments/results/extrapolate[-<name>].csv and .png (with --quick out/quick/extrapolate[-<name>]-quick).
 """
 import argparse
 import math
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from compare import colors, in_order
-from lib import common_flags, parse, positive, pyplot, save, short_names, text, write_csv
+from lib import common_flags, parse, positive, pyplot, runs_of, save, short_names, text, with_earlier, write_csv
 
 from common import die
 from sample import load_run
@@ -97,12 +97,15 @@ def draw(table):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('out_dirs', nargs='+',
+    parser.add_argument('out_dirs', nargs='*',
                         help='folders of causal runs; those of compare.py that differ only in the seed are one scheme')
     parser.add_argument('--texts', type=positive, default=100, help='of 8 times block_size tokens (default 100)')
     parser.add_argument('--data_dir', default='data', help='default data')
-    common_flags(parser, '8 texts', dataset=False)
+    common_flags(parser, '8 texts', dataset=False, name=True)
     args = parse(parser)
+    if bool(args.name) == bool(args.out_dirs):
+        parser.error('give folders of runs, or --name')
+    args.out_dirs = args.out_dirs or runs_of(args.name)
     if args.quick:
         args.texts = 8
     return args
@@ -114,8 +117,11 @@ def main():
     rows = []
     for name, out in zip(short_names(args.out_dirs), args.out_dirs):
         rows += measure(name, out, args.texts, args.data_dir, device)
-    name = 'extrapolate-quick' if args.quick else 'extrapolate'
-    path = write_csv(args.results, name, ('scheme', 'seed', 'times', 'block_size', 'loss'), rows)
+    parts = ['extrapolate', args.name, 'quick' if args.quick else '']
+    path = Path(args.results, '-'.join(part for part in parts if part) + '.csv')
+    if args.name:
+        rows = with_earlier(path, rows, 2)
+    write_csv(path.parent, path.stem, ('scheme', 'seed', 'times', 'block_size', 'loss'), rows)
     table = means(rows)
     print_table(table)
     save(draw(table), path)

@@ -1,5 +1,6 @@
 """What several experiments share: prepared text, a short training loop, names of runs, and where results go."""
 import csv
+import itertools
 import math
 import re
 import sys
@@ -30,10 +31,10 @@ def rows(ids, starts, T, device='cpu'):
     return x[:, :-1], x[:, 1:]
 
 
-def optimise(model, ids, steps, batch_size=16, learning_rate=3e-3, warmup=40, seed=1, device='cpu'):
-    """Train as train.py does: AdamW, warm-up, cosine to 0, clipping at 1.
+def descend(model, batches, steps, learning_rate=3e-3, warmup=40, bf16=False):
+    """Train on the batches (inputs, targets) as train.py does: AdamW, warm-up, cosine to 0, clipping at 1.
 
-    Yields (step, loss, gradient norm before clipping).
+    bf16: products in bfloat16. Yields (step, loss, gradient norm before clipping).
     """
     def rate(step):
         """As a share of learning_rate."""
@@ -45,12 +46,10 @@ def optimise(model, ids, steps, batch_size=16, learning_rate=3e-3, warmup=40, se
     groups = [dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    generator = np.random.default_rng(seed)
-    T = model.config.block_size
     model.train()
-    for step in range(1, steps + 1):
-        x, y = rows(ids, generator.integers(len(ids) - T, size=batch_size), T, device)
-        loss = model(x, y)[1]
+    for step, (x, y) in enumerate(itertools.islice(batches, steps), 1):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):  # around many steps it keeps old weights
+            loss = model(x, y)[1]
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -58,6 +57,17 @@ def optimise(model, ids, steps, batch_size=16, learning_rate=3e-3, warmup=40, se
         optimizer.step()
         schedule.step()
     model.eval()
+
+
+def optimise(model, ids, steps, batch_size=16, learning_rate=3e-3, seed=1, device='cpu'):
+    """descend() on random pieces of the text ids."""
+    generator = np.random.default_rng(seed)
+    T = model.config.block_size
+
+    def batches():
+        while True:
+            yield rows(ids, generator.integers(len(ids) - T, size=batch_size), T, device)
+    return descend(model, batches(), steps, learning_rate)
 
 
 @torch.no_grad()
@@ -85,6 +95,27 @@ def short_names(outs):
     return names
 
 
+def runs_of(name, objective='causal'):
+    """The folders of compare.py's runs of one --name that have ended."""
+    found = [str(path.parent) for path in sorted(Path('out', 'compare').glob(f'{name}-{objective}-*/loss.png'))]
+    return found or die(f'found no {objective} run of the name {name} in out/compare: compare.py --name {name} trains it')
+
+
+def with_earlier(path, rows, same):
+    """The rows of the table at path, but for those whose first `same` fields are those of a new row, then the rows."""
+    def number(word):
+        for kind in (int, float):
+            try:
+                return kind(word)
+            except ValueError:
+                continue
+        return word
+
+    new = {tuple(map(str, row[:same])) for row in rows}
+    old = [tuple(row.values()) for row in read_csv(path)] if path.is_file() else []
+    return [tuple(map(number, row)) for row in old if row[:same] not in new] + rows
+
+
 def positive(word):
     """The argparse type of a number that must be 1 or more."""
     number = int(word)
@@ -93,8 +124,11 @@ def positive(word):
     return number
 
 
-def common_flags(parser, quick, dataset=True):
+def common_flags(parser, quick, dataset=True, name=False):
     """Add the flags that experiments have in common. `quick` is the help of --quick; None: there is no such flag."""
+    if name:
+        parser.add_argument('--name', help='all causal runs of this --name of compare.py. The table gets it in its own '
+                                           'name, and keeps the rows of runs that it has already')
     if dataset:
         parser.add_argument('--dataset', default='python', help='default python')
         parser.add_argument('--data_dir', default='data', help='default data')

@@ -23,18 +23,19 @@ probed before its training, on the same text. Controls: initial weights 10 times
 Found with --quick (the middle: 32 tokens): 9.0 by the length of o_m in layer 1, 17.3 by the MLP, 32.2 by the linear
 probe; without a mask 32 everywhere; with large weights 32 in layer 1, and 28 at best in later ones. Order hardly
 matters, except to a trained kernelized model.
-Writes experiments/results/probe_position[-<model>][-trained].png and .csv; with --quick
-out/quick/probe_position-quick[-<model>][-trained].
+Writes experiments/results/probe_position[-<model>][-trained].png and .csv, or probe_position-<name> with --name; with
+--quick out/quick/probe_position-quick[-<model>][-trained].
 """
 import argparse
 import math
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from attention_variance import before_training, random_model
-from lib import REPO, common_flags, parse, positive, pyplot, save, short_names, text, write_csv
+from lib import REPO, common_flags, parse, positive, pyplot, runs_of, save, short_names, text, with_earlier, write_csv
 
 from sample import load_run
 
@@ -188,7 +189,7 @@ def probe_random(args):
     for what, times, causal in (('', 1, True), (', weights x 10', 10, True), (', no causal mask', 1, False)):
         model = random_model(scheme, args.sigma * times, args.seed, args.device, causal=causal,
                              vocab_size=args.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
-                             block_size=args.block_size)
+                             block_size=args.block_size, scale_residual_init=args.scaled_init)
         generator = torch.Generator().manual_seed(args.seed)
 
         def draw_tokens(n):
@@ -238,6 +239,8 @@ def arguments():
         parser.add_argument(f'--{name}', type=positive, help=f'{note} (default {full}, {quick} with --quick)')
     parser.add_argument('--learning_rate', type=float, default=1e-2, help='of the MLP (default 0.01)')
     parser.add_argument('--sigma', type=float, default=0.02, help='of the initial weights at width 768 (default 0.02)')
+    parser.add_argument('--scaled_init', action='store_true',
+                        help='random models with residual projections divided by sqrt(2 n_layer), as in GPT-2')
     parser.add_argument('--vocab_size', type=positive, default=50304, help='kinds of random tokens (default 50304)')
     parser.add_argument('--out_dir', nargs='+', default=[], help='folders of trained runs, of any model')
     parser.add_argument('--data_dir', default='data', help='where their prepared text is (default data)')
@@ -245,8 +248,13 @@ def arguments():
                         help='each test once more, with the tokens of its sequences in random order')
     parser.add_argument('--seed', type=int, default=1, help='of weights, tokens and probes (default 1)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    common_flags(parser, 'a smaller model and fewer steps', dataset=False)
-    return parse(parser, {name: (full, quick) for name, (full, quick, _) in SIZES.items()})
+    common_flags(parser, 'a smaller model and fewer steps', dataset=False, name=True)
+    args = parse(parser, {name: (full, quick) for name, (full, quick, _) in SIZES.items()})
+    if args.name and args.out_dir:
+        parser.error('give --out_dir or --name, not both')
+    if args.name:
+        args.out_dir = runs_of(args.name)
+    return args
 
 
 def main():
@@ -261,7 +269,12 @@ def main():
     for name, out_dir in zip(names, args.out_dir):
         rows += probe_trained(name, out_dir, args)
     parts = ['probe_position', 'quick' if args.quick else '', args.model, 'trained' if args.out_dir else '']
-    path = write_csv(args.results, '-'.join(part for part in parts if part), HEADER, rows)
+    if args.name:
+        parts = ['probe_position', args.name]
+    path = Path(args.results, '-'.join(part for part in parts if part) + '.csv')
+    if args.name:
+        rows = with_earlier(path, rows, 2)
+    write_csv(path.parent, path.stem, HEADER, rows)
     print_table(rows)
     save(draw(rows), path)
 

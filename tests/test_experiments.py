@@ -284,8 +284,9 @@ def test_short_names(capsys):
 
 
 @pytest.mark.parametrize('script, words', {
-    'attention_variance': [], 'compare': [], 'convert': [], 'extrapolate': ['out/a'], 'feature_error': [],
-    'finetune_glue': ['--out_dirs', 'out/a'], 'probe_position': [], 'speed': [], 'stability': []}.items())
+    'atlas': [], 'attention_variance': [], 'compare': [], 'convert': [], 'depth': [], 'equal_time': [],
+    'extrapolate': ['out/a'], 'feature_error': [], 'finetune_glue': ['--out_dirs', 'out/a'], 'probe_position': [],
+    'speed': [], 'stability': [], 'tasks': []}.items())
 def test_quick_touches_no_tracked_file(script, words, monkeypatch):
     """--quick writes to a folder that git ignores, the full setting to experiments/results, --results to any."""
     module = importlib.import_module(script)

@@ -1,0 +1,185 @@
+"""
+The one table: every position scheme on one footing, put together from the results of the other experiments.
+
+    python experiments/atlas.py --time    # measures the steps again, in turns: a few minutes on a quiet machine
+    python experiments/atlas.py           # the table and the picture, from the CSV files in experiments/results
+
+Reads compare-<name>-causal.csv and -masked.csv (the last losses), extrapolate-<name>.csv (the loss at 8 times the
+length of training), probe_position-<name>.csv (the error of the MLP after the last layer), tasks.csv and atlas-time.csv.
+A dash stands where nothing has been measured. It counts the parameters, and builds each model and feeds it tokens to see
+what decoding keeps: how many numbers more per token and layer, from token 300 to token 400.
+Writes experiments/results/atlas.csv and .png; with --time first atlas-time.csv.
+"""
+import argparse
+import dataclasses
+import statistics
+from pathlib import Path
+
+import torch
+from compare import SCHEMES, colors
+from laptop import in_turns
+from lib import common_flags, parse, pyplot, read_csv, save, write_csv
+from speed import training_step
+
+import common
+import train
+from common import die
+
+ATLAS = {  # scheme: what it adds to the score of query i and key j, where it was published
+    'nope': ('nothing', 'Chi et al. 2023'),
+    'absolute': ('nothing; `p_i` to the embedding', 'Radford et al. 2019 (GPT-2)'),
+    'rope': ('nothing; turns `q_i`, `k_j` by `i`, `j` times `theta`', 'Su et al. 2021'),
+    'alibi': ('`-slope (i - j)`', 'Press et al. 2022'),
+    'tisa': ('`sum_s a_s exp(-abs(b_s) (j - i - c_s)^2)`', 'Wennberg and Henter 2021'),
+    'cape': ('nothing; sinusoids to the embedding, at shifted and scaled places', 'Likhomanenko et al. 2021'),
+    'fixed': ('`beta_{j-i}`', 'Raffel et al. 2020 (T5)'),
+    'dynamic': ('`q_i.W_{j-i}/sqrt(hs)`', 'Shaw et al. 2018'),
+    'composite': ('`q_i.W_{j-i}/sqrt(hs) + beta_{j-i}`', 'Chang et al. 2021'),
+    'composite+key': ('the same and `k_j.U_{j-i}/sqrt(hs)`', 'Chang et al. 2021'),
+    'composite+output': ('as composite; a convolution of the values after the softmax', 'Chang et al. 2021'),
+    'conv-output': ('nothing; a convolution of the values after the softmax', 'Chang et al. 2021'),
+    'conv-qkv': ('nothing; convolves queries, keys and values', 'Chang et al. 2021'),
+    'nprf+rpe': ('`b_{j-i}`, with features in place of the softmax', 'Luo et al. 2021'),
+    'nprf+rpe-64': ('the same, all farther than 64 share one `b`', 'Luo et al. 2021'),
+}
+LENGTHS = 128, 1024  # of the texts whose steps are timed
+TASKS = 'copy', 'reverse', 'addition'
+HEADER = ('scheme', 'parameters_added', 'causal', 'causal_seeds', 'causal_spread', 'masked', 'masked_seeds',
+          'masked_spread', 'at_8x', *TASKS, *(f'step_{T}' for T in LENGTHS), 'kept', 'probe_before', 'probe_after')
+
+
+def build(scheme, **fields):
+    """A model of a scheme at the tiny preset."""
+    _, module, config, _ = train.resolve(SCHEMES[scheme])
+    return module.Model(dataclasses.replace(config, vocab_size=256, **fields))
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def kept(model):
+    """Numbers that decoding keeps of each further token in each layer, between tokens 300 and 400."""
+    state = model.eval().new_state()
+    totals = []
+    for n in (300, 100):
+        model(torch.zeros(1, n, dtype=torch.int64), state=state)
+        totals.append(sum(x.numel() for layer in state for x in layer.values() if torch.is_tensor(x)))
+    return (totals[1] - totals[0]) / 100 / len(state)
+
+
+def measure_steps(args):
+    """Rows (scheme, tokens in a text, ms per step): 3,072 bytes in a step, in turns, in the precision of --dtype auto."""
+    bf16 = common.multiplies_bf16(torch.device('cpu'))
+    rows = []
+    for T in LENGTHS[:1] if args.quick else LENGTHS:
+        idx = torch.randint(256, (3072 // T, T))
+        jobs = {scheme: training_step(build(scheme, block_size=T), idx, bf16, compiled=False) for scheme in ATLAS}
+        rows += [(scheme, T, ms) for scheme, ms in in_turns(jobs, 0 if args.quick else 60).items()]
+    return rows
+
+
+def read(folder, name, **wanted):
+    """The rows of a table where the columns `wanted` have these values; none if there is no such table."""
+    path = Path(folder, f'{name}.csv')
+    rows = read_csv(path) if path.is_file() else []
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def last_losses(folder, name, objective, scheme):
+    """The last validation loss of each seed."""
+    last = {}
+    for row in read(folder, f'compare-{name}-{objective}', scheme=scheme):
+        last[row['seed']] = float(row['val_loss'])
+    return list(last.values())
+
+
+def mean(numbers):
+    return statistics.mean(numbers) if numbers else None
+
+
+def collect(args, base):
+    """A row of the CSV for each scheme; None where nothing has been measured. base: the parameters of nope."""
+    folder, name = args.results, args.name
+    rows = []
+    for scheme in ATLAS:
+        row = [scheme, parameters(build(scheme)) - base]
+        for objective in ('causal', 'masked'):
+            last = last_losses(folder, name, objective, scheme)
+            row += [mean(last), len(last), statistics.stdev(last) if len(last) > 1 else None]
+        row.append(mean([float(r['loss']) for r in read(folder, f'extrapolate-{name}', scheme=scheme, times='8')]))
+        for task in TASKS:
+            row.append(mean([float(r['right_percent'])
+                             for r in read(folder, 'tasks', task=task, scheme=scheme, length='40')]))
+        for T in LENGTHS:
+            times = {r['scheme']: float(r['ms']) for r in read(folder, 'atlas-time', tokens=str(T))}
+            row.append(times[scheme] / times['nope'] if scheme in times else None)
+        row.append(kept(build(scheme, block_size=512)))
+        for what in ('before training', 'trained'):
+            found = read(folder, f'probe_position-{name}', layer='4', tap='after MLP', probe='MLP')
+            row.append(mean([float(r['error']) for r in found if r['model'].rpartition('-')[0] == f'{what}: {scheme}']))
+        rows.append(tuple(row))
+    return rows
+
+
+def print_table(rows):
+    heads = ('scheme', 'adds to the score', 'parameters', 'loss, causal', 'masked', '8x length', 'copy, reverse, add',
+             'step, 128', '1,024', 'keeps', 'probe', 'paper')
+    print(f'\n| {" | ".join(heads)} |\n{"|---" * len(heads)}|')
+    for values in rows:
+        row = dict(zip(HEADER, values))
+
+        def cell(key, form):
+            return '-' if row[key] is None else 'ends' if row[key] != row[key] else format(row[key], form)
+        formula, paper = ATLAS[row['scheme']]
+        cells = [row['scheme'], formula, cell('parameters_added', ',d')]
+        for objective in ('causal', 'masked'):
+            spread = row[f'{objective}_spread']
+            cells.append(cell(objective, '.3f') + (f' ({spread:.3f})' if spread is not None else ''))
+        cells += [cell('at_8x', '.3f'), ', '.join(cell(task, '.0f') for task in TASKS)]
+        cells += [cell(f'step_{T}', '.2f') for T in LENGTHS]
+        cells += [cell('kept', '.0f'), f'{cell("probe_before", ".0f")}, {cell("probe_after", ".0f")}', paper]
+        print(f'| {" | ".join(cells)} |')
+
+
+def draw(rows):
+    """Loss over the time of a step, for each objective."""
+    fig, axes = pyplot().subplots(1, 2, figsize=(12, 4.5), layout='constrained')
+    color = colors([row[0] for row in rows])
+    for ax, objective in zip(axes, ('causal', 'masked')):
+        for values in rows:
+            row = dict(zip(HEADER, values))
+            if row[objective] is not None and row['step_128'] is not None:
+                ax.plot(row['step_128'], row[objective], 'o', color=color[row['scheme']])
+                ax.annotate(row['scheme'], (row['step_128'], row[objective]), (5, 3), textcoords='offset points',
+                            fontsize=8, color=color[row['scheme']])
+        ax.set(title=f'{objective} language model', xlabel='time of a step, 128 tokens, in steps of nope',
+               ylabel='last validation loss (nats per token)')
+        ax.margins(x=0.15)
+        ax.grid(alpha=0.3)
+    return fig
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--name', default='python-8000', help='of the comparison (default %(default)s)')
+    parser.add_argument('--time', action='store_true', help='measure the time of a step of every scheme first')
+    common_flags(parser, 'times from a single turn at one length', dataset=False)
+    return parse(parser)
+
+
+def main():
+    args = arguments()
+    if args.time:
+        write_csv(args.results, 'atlas-time', ('scheme', 'tokens', 'ms'), measure_steps(args))
+    if not read(args.results, f'compare-{args.name}-causal'):
+        die(f'found no compare-{args.name}-causal.csv in {args.results}; compare.py --name {args.name} writes it')
+    rows = collect(args, parameters(build('nope')))
+    path = write_csv(args.results, 'atlas', HEADER, rows)
+    print_table(rows)
+    save(draw(rows), path)
+
+
+if __name__ == '__main__':
+    main()

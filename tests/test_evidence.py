@@ -1,0 +1,285 @@
+"""The experiments that fill tables over several commands: what is in a table is kept, and not trained again."""
+import csv
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import atlas
+import compare
+import depth
+import lib
+import tasks
+from conftest import TINY
+
+
+def table(path, header, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lib.write_csv(path.parent, path.stem, header, rows)
+
+
+def python(monkeypatch, folder, module, *words):
+    """Run a script's main() in a folder, in this process, so that its functions can be replaced."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, 'argv', [f'{module.__name__}.py', *map(str, words)])
+    module.main()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compare.py: its table is a memory
+
+@pytest.fixture
+def fake_runs(monkeypatch):
+    """compare.py trains nothing: a run is there at once, its last loss is the next of 1, 2, ... Returns what was run."""
+    trained = []
+
+    def train_run(words, place):
+        out = Path(words[words.index('--out_dir') + 1])
+        out.mkdir(parents=True)
+        trained.append(out.name)
+        (out / 'log.csv').write_text(f'step,val_loss\n0,5.5\n2,{len(trained)}.25\n')
+        (out / 'loss.png').write_bytes(b'')
+    monkeypatch.setattr(compare, 'train_run', train_run)
+    return trained
+
+
+def rows_of(folder, name):
+    return [(r['objective'], r['scheme'], r['seed'], r['step'], r['val_loss'])
+            for r in lib.read_csv(folder / f'results/{name}.csv')]
+
+
+def test_a_table_keeps_what_other_commands_put_there(fake_runs, monkeypatch, tmp_path):
+    """Two commands with the same settings fill one table; without out/ the known schemes in it are not trained."""
+    common = ['--objectives', 'causal', '--name', 'x', '--results', 'results', '--seeds', 1]
+    settings = ['--train', '--max_iters', 2]
+    python(monkeypatch, tmp_path, compare, *common, '--schemes', 'rope', *settings)
+    python(monkeypatch, tmp_path, compare, *common, '--schemes', 'nope', 'own: --model nope --bias', *settings)
+    assert fake_runs == ['x-causal-rope-1', 'x-causal-nope-1', 'x-causal-own-1']
+    both = rows_of(tmp_path, 'compare-x-causal')
+    assert [(row[1], row[4]) for row in both if row[3] == '2'] == [('nope', '2.25'), ('rope', '1.25'), ('own', '3.25')]
+    os.rename(tmp_path / 'out', tmp_path / 'lost')
+    python(monkeypatch, tmp_path, compare, *common, '--schemes', 'nope', 'rope', 'own: --model nope --bias', *settings)
+    assert fake_runs[3:] == ['x-causal-own-1'], 'what flags a scheme of your own had is not in the table'
+    assert rows_of(tmp_path, 'compare-x-causal')[:4] == both[:4]
+
+
+def test_a_table_of_other_settings_is_not_taken(fake_runs, monkeypatch, tmp_path):
+    words = ['--objectives', 'causal', '--name', 'x', '--results', 'results', '--seeds', 1, '--schemes', 'nope']
+    python(monkeypatch, tmp_path, compare, *words, '--train', '--max_iters', 2)
+    os.rename(tmp_path / 'out', tmp_path / 'lost')
+    python(monkeypatch, tmp_path, compare, *words, '--train', '--max_iters', 3)
+    assert len(fake_runs) == 2 and [row[4] for row in rows_of(tmp_path, 'compare-x-causal')] == ['5.5', '2.25']
+    os.rename(tmp_path / 'out', tmp_path / 'lost too')
+    python(monkeypatch, tmp_path, compare, *words, '--dataset', 'shakespeare', '--train', '--max_iters', 3)
+    assert len(fake_runs) == 3
+
+
+def test_with_earlier(tmp_path):
+    """The first fields decide which rows are the same; numbers come back as numbers."""
+    path = tmp_path / 'a.csv'
+    assert lib.with_earlier(path, [('x', 1, 0.5)], 2) == [('x', 1, 0.5)]
+    table(path, ('what', 'n', 'y'), [('x', 1, 0.25), ('x', 2, math.nan), ('y', 1, 3.5)])
+    rows = lib.with_earlier(path, [('x', 1, 0.5), ('z', 1, 1.0)], 2)
+    assert rows[1:] == [('y', 1, 3.5), ('x', 1, 0.5), ('z', 1, 1.0)]
+    assert rows[0][:2] == ('x', 2) and math.isnan(rows[0][2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tasks.py
+
+def spelled(ids):
+    return ''.join('abcdefghijklmnopqrstuvwxyz0123456789+=.'[i] for i in ids)
+
+
+@pytest.mark.parametrize('task', tasks.TASKS)
+@pytest.mark.parametrize('n', [2, 3, 7, 20, 40])
+def test_problems_and_their_answers(task, n):
+    """Each text holds its own right answer, by other means; the loss sees the answer and the end, nothing else."""
+    x, targets = tasks.texts(task, np.random.default_rng(n), 50, n)
+    texts = {spelled(ids) for ids in torch.cat((x, targets[:, -1:]), 1).tolist()}
+    assert len(texts) > 25, 'problems differ'
+    for text, wanted in zip(torch.cat((x, targets[:, -1:]), 1).tolist(), targets.tolist()):
+        text = spelled(text)
+        problem, answer = text[:-1].split('=')
+        assert len(problem.replace('+', '')) == n and text[-1] == '.'
+        if task == 'addition':
+            a, b = problem.split('+')
+            assert len(a) - len(b) in (0, 1)
+            assert int(answer[::-1]) == int(a[::-1]) + int(b[::-1]) and len(answer) == len(a) + 1
+        else:
+            assert answer == (problem if task == 'copy' else problem[::-1])
+        assert wanted[:len(problem)] == [-1] * len(problem)
+        assert spelled(wanted[len(problem):]) == answer + '.'
+
+
+def test_one_wrong_token_makes_an_answer_wrong():
+    """Tokens of the problem do not count."""
+    x = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3], [1, 2, 3]])
+    targets = torch.tensor([[-1, 5, 6], [-1, 5, 6], [-1, 5, 6], [-1, 5, 6]])
+    answers = torch.tensor([[0, 5, 6], [0, 5, 7], [0, 4, 6], [9, 5, 6]])
+    assert tasks.share_right(lambda _: (torch.nn.functional.one_hot(answers, 10), None), x, targets) == 0.5
+
+
+def test_tasks(monkeypatch, tmp_path, capsys):
+    """A table of all lengths; what is in it is not trained again, but for schemes of one's own."""
+    words = ['--quick', '--results', 'results', '--tasks', 'copy', '--seeds', 1, '--schemes', 'rope']
+    python(monkeypatch, tmp_path, tasks, *words)
+    rows = lib.read_csv(tmp_path / 'results/tasks-quick.csv')
+    assert [int(r['length']) for r in rows] == list(range(2, 41, 2)) and {r['scheme'] for r in rows} == {'rope'}
+    assert (tmp_path / 'results/tasks-quick.png').read_bytes()[:4] == b'\x89PNG'
+    trained = []
+    monkeypatch.setattr(tasks, 'train_and_ask', lambda task, scheme, flags, seed, args: trained.append(scheme) or [
+        (task, scheme, seed, args.steps, n, 50.0 * (n <= 20)) for n in range(2, 41, 2)])
+    python(monkeypatch, tmp_path, tasks, *words, 'nope', 'own: --model nope --bias')
+    python(monkeypatch, tmp_path, tasks, *words, 'nope', 'own: --model nope --bias')
+    assert trained == ['nope', 'own', 'own']
+    assert '| copy | nope | 50 | 50 | 0 | 0 | 0 |' in capsys.readouterr().out
+    assert len(lib.read_csv(tmp_path / 'results/tasks-quick.csv')) == 60
+    python(monkeypatch, tmp_path, tasks, *words, '--steps', 30)
+    assert trained[3:] == ['rope'] and len(lib.read_csv(tmp_path / 'results/tasks-quick.csv')) == 80
+
+
+def test_a_model_learns_to_copy(monkeypatch, tmp_path):
+    """The shortest problems, in a few steps: training and asking fit together."""
+    monkeypatch.setattr(sys, 'argv', ['tasks.py', '--quick', '--steps', '300', '--problems', '50'])
+    monkeypatch.setattr(tasks, 'TRAINED', 2)
+    monkeypatch.setattr(tasks, 'ASKED', 2)
+    monkeypatch.chdir(tmp_path)
+    rows = tasks.train_and_ask('copy', 'rope', compare.SCHEMES['rope'], 1, tasks.arguments())
+    assert len(rows) == 1 and rows[0][:5] == ('copy', 'rope', 1, 300, 2) and rows[0][5] > 50
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# depth.py, equal_time.py
+
+def test_depth(run, data_dir):
+    words = ['experiments/depth.py', '--quick', '--layers', 1, 2, '--schemes', 'nope', 'rope', '--steps', 2,
+             '--dataset', 'code', '--data_dir', data_dir, '--results', 'results']
+    run(*words)
+    rows = lib.read_csv(run.folder / 'results/depth-quick.csv')
+    assert [(r['steps'], r['layers'], r['scheme']) for r in rows] == [
+        ('2', layers, scheme) for layers in '12' for scheme in ('nope', 'rope')]
+    assert all(4 < float(r['val_loss']) < 7 for r in rows) and len({r['val_loss'] for r in rows}) == 4
+    config = json.loads((run.folder / 'out/depth/2-1-rope-quick/config.json').read_text())
+    assert config['n_layer'] == 1 and config['max_iters'] == 2
+    os.rename(run.folder / 'out', run.folder / 'lost')
+    run(*words)
+    assert not (run.folder / 'out').exists(), 'what is in the table is not trained again'
+
+
+def test_the_gap_is_that_to_the_best_other_scheme():
+    losses = {(9, layers, scheme): loss for layers in (1, 2)
+              for scheme, loss in dict(nope=3.0, rope=2.0 + layers / 4, composite=2.0).items()}
+    figure = depth.draw(losses, ['nope', 'rope', 'composite'])
+    assert list(figure.axes[1].lines[0].get_ydata()) == [1.0, 1.0]
+    assert list(figure.axes[0].lines[1].get_ydata()) == [2.25, 2.5]
+
+
+def test_equal_time(run, data_dir):
+    """Each scheme gets the steps that fit; the table has its seconds; a second command trains nothing."""
+    words = ['experiments/equal_time.py', '--quick', '--lengths', 64, '--schemes', 'nope', 'nprf+rpe', '--minutes',
+             0.02, '--dataset', 'code', '--data_dir', data_dir, '--results', 'results']
+    run(*words)
+    rows = lib.read_csv(run.folder / 'results/equal_time-quick.csv')
+    for scheme in ('nope', 'nprf+rpe'):
+        mine = [r for r in rows if r['scheme'] == scheme]
+        steps = [int(r['step']) for r in mine]
+        assert steps[0] == 0 and steps[-1] >= 10 and steps == sorted(steps)
+        seconds = [float(r['seconds']) for r in mine]
+        assert seconds[0] == 0 and seconds == sorted(seconds) and 0.1 < seconds[-1] < 30
+        assert float(mine[-1]['val_loss']) < float(mine[0]['val_loss'])
+    run(*words)
+    assert lib.read_csv(run.folder / 'results/equal_time-quick.csv') == rows
+    assert (run.folder / 'results/equal_time-quick.png').read_bytes()[:4] == b'\x89PNG'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# atlas.py
+
+def test_atlas(monkeypatch, tmp_path, capsys):
+    """Every number of the table is that of its own scheme, objective, length and seed; a dash where there is none."""
+    results = tmp_path / 'results'
+    curve = [('nope', 1, 0, 5.0), ('nope', 1, 2, 2.5), ('nope', 2, 0, 5.0), ('nope', 2, 2, 2.0), ('rope', 1, 2, 1.5)]
+    table(results / 'compare-x-causal.csv', ('objective', 'scheme', 'seed', 'step', 'val_loss'),
+          [('causal', *row) for row in curve])
+    table(results / 'compare-x-masked.csv', ('objective', 'scheme', 'seed', 'step', 'val_loss'),
+          [('masked', 'rope', 1, 2, 0.75)])
+    table(results / 'extrapolate-x.csv', ('scheme', 'seed', 'times', 'block_size', 'loss'),
+          [('rope', 1, times, 128, 1.0 + times) for times in (1, 8)] + [('absolute', 1, 8, 128, math.nan)])
+    table(results / 'tasks.csv', tasks.HEADER, [('copy', 'rope', seed, 9, n, right) for seed, n, right in
+                                                ((1, 20, 99.0), (1, 40, 10.0), (2, 40, 20.0))])
+    table(results / 'atlas-time.csv', ('scheme', 'tokens', 'ms'), [('nope', 128, 8.0), ('rope', 128, 10.0)])
+    table(results / 'probe_position-x.csv', ('model', 'tokens', 'layer', 'tap', 'probe', 'error', 'always the middle'),
+          [(f'{what}: rope-1', 'text', layer, 'after MLP', probe, error, 32) for what, layer, probe, error in (
+              ('trained', 4, 'MLP', 7.0), ('trained', 3, 'MLP', 8.0), ('trained', 4, 'linear', 9.0),
+              ('before training', 4, 'MLP', 17.0))])
+    python(monkeypatch, tmp_path, atlas, '--name', 'x', '--results', 'results')
+    lines = {line.split(' | ')[0][2:]: line.split(' | ')[2:-1] for line in capsys.readouterr().out.splitlines()
+             if line.startswith('| ')}
+    assert lines['nope'] == ['0', '2.250 (0.354)', '-', '-', '-, -, -', '1.00', '-', '256', '-, -']
+    assert lines['rope'] == ['0', '1.500', '0.750', '9.000', '15, -, -', '1.25', '-', '256', '17, 7']
+    assert lines['absolute'][:5] == ['16,384', '-', '-', 'ends', '-, -, -']  # 128 positions of 128 channels
+    assert lines['fixed'][0] == '272', '4 layers, 4 heads, 17 offsets'
+    assert lines['nprf+rpe'][7] == '0', 'the state does not grow'
+    assert set(lines) - {'scheme'} == set(atlas.ATLAS)
+    with open(results / 'atlas.csv', newline='') as f:
+        rows = {row['scheme']: row for row in csv.DictReader(f)}
+    assert rows['nope']['causal_seeds'] == '2' and rows['rope']['masked_seeds'] == '1'
+
+
+def test_atlas_says_what_is_missing(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        python(monkeypatch, tmp_path, atlas, '--name', 'y', '--results', 'results')
+    assert 'found no compare-y-causal.csv in results' in capsys.readouterr().err
+
+
+def test_atlas_knows_schemes_of_compare():
+    assert set(atlas.ATLAS) <= set(compare.SCHEMES)
+    assert len({formula for formula, _ in atlas.ATLAS.values()}) == len(atlas.ATLAS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --name: the runs of one comparison
+
+def test_runs_of_a_name(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ('x-causal-nope-1', 'x-masked-nope-1', 'xy-causal-nope-1', 'x-causal-rope-1'):
+        (tmp_path / 'out/compare' / name).mkdir(parents=True)
+        if 'rope' not in name:  # that run has not ended
+            (tmp_path / 'out/compare' / name / 'loss.png').touch()
+    assert lib.runs_of('x') == ['out/compare/x-causal-nope-1']
+    with pytest.raises(SystemExit):
+        lib.runs_of('z')
+    assert 'found no causal run of the name z in out/compare' in capsys.readouterr().err
+
+
+def test_tables_of_a_name_keep_other_runs(run, data_dir):
+    """extrapolate.py, probe_position.py, attention_variance.py: a second command adds its runs."""
+    def trained(scheme):
+        run('train.py', '--data_dir', data_dir, '--dataset', 'code', *TINY, '--max_iters', 2, '--model', scheme,
+            '--out_dir', f'out/compare/x-causal-{scheme}-1')
+
+    def all_three():
+        last = '--data_dir', data_dir, '--results', 'results', '--name', 'x'
+        run('experiments/extrapolate.py', '--texts', 2, *last)
+        run('experiments/probe_position.py', '--quick', '--steps', 2, '--test', 2, *last)
+        run('experiments/attention_variance.py', '--sequences', 1, *last)
+        names = ('extrapolate-x', 'scheme'), ('probe_position-x', 'model'), ('attention_variance-x', 'what')
+        for name, column in names:
+            assert (run.folder / f'results/{name}.png').read_bytes()[:4] == b'\x89PNG'
+            yield {row[column] for row in lib.read_csv(run.folder / f'results/{name}.csv')}
+    trained('nope')
+    assert list(all_three()) == [{'nope'}, *2 * [{'before training: nope-1', 'trained: nope-1'}]]
+    os.rename(run.folder / 'out', run.folder / 'lost')
+    trained('rope')
+    both = {f'{what}: {scheme}-1' for what in ('before training', 'trained') for scheme in ('nope', 'rope')}
+    assert list(all_three()) == [{'nope', 'rope'}, both, both]
+    for script in ('extrapolate', 'probe_position', 'attention_variance'):
+        flag = [] if script == 'extrapolate' else ['--out_dir']
+        run(f'experiments/{script}.py', *flag, 'out/a', '--name', 'x', code=2)
+        assert '--name' in run.err

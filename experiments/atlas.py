@@ -5,9 +5,9 @@ The one table: every position scheme on one footing, put together from the resul
     python experiments/atlas.py           # the table and the picture, from the CSV files in experiments/results
 
 Reads compare-<name>-causal.csv and -masked.csv (the last losses), extrapolate-<name>.csv (the loss at 8 times the
-length of training), probe_position-<name>.csv (the error of the MLP after the last layer), tasks.csv and atlas-time.csv.
-A dash stands where nothing has been measured. It counts the parameters, and builds each model and feeds it tokens to see
-what decoding keeps: how many numbers more per token and layer, from token 300 to token 400.
+length of training), probe_position-<name>.csv (the error of the MLP after the last layer), tasks.csv and
+atlas-time.csv. A dash stands where nothing has been measured. Parameters are counted in the models themselves. What
+decoding keeps is seen by feeding them tokens: how many numbers more per token and layer, from token 300 to 400.
 Writes experiments/results/atlas.csv and .png; with --time first atlas-time.csv.
 """
 import argparse
@@ -70,7 +70,7 @@ def kept(model):
 
 
 def measure_steps(args):
-    """Rows (scheme, tokens in a text, ms per step): 3,072 bytes in a step, in turns, in the precision of --dtype auto."""
+    """Rows (scheme, tokens in a text, ms per step): 3,072 bytes in a step, in turns, as precise as --dtype auto."""
     bf16 = common.multiplies_bf16(torch.device('cpu'))
     rows = []
     for T in LENGTHS[:1] if args.quick else LENGTHS:

@@ -8,7 +8,7 @@ Does the gap without positions close with depth and training?
 Chi et al. 2023 and Haviv et al. 2022: a causal model without positions loses little, with 16 layers and hundreds of
 thousands of steps. Here the tiny preset with more or fewer layers, one seed. The gap is the loss of nope less that of
 the best other scheme.
-Runs stay in out/depth/: an interrupted experiment goes on where it stopped, and runs in the table are not trained again.
+Runs stay in out/depth/: an interrupted experiment goes on where it stopped. Runs in the table are not trained again.
 Writes experiments/results/depth.csv, again after each run, and .png.
 """
 import argparse

@@ -5,9 +5,9 @@ Equal time instead of equal steps: the loss over seconds on long texts, softmax 
     OMP_NUM_THREADS=1 python experiments/equal_time.py --minutes 15      # each run takes 15 minutes
     OMP_NUM_THREADS=1 python experiments/equal_time.py --minutes 15 --lengths 4096 --schemes rope nprf+rpe
 
-Kernelized attention was made to save time (Luo et al. 2021). So each scheme trains for the same time on bytes of enwik8,
-at the tiny preset with texts of 2,048 and of 4,096 bytes, two of them or one in a step. First some steps of each are
-timed; their median tells how many fit into the minutes, and the schedule ends there. Prepare the data set before:
+Kernelized attention was made to save time (Luo et al. 2021). So each scheme trains for the same time on bytes of
+enwik8, at the tiny preset with texts of 2,048 and of 4,096 bytes, two of them or one in a step. First some steps of
+each are timed; their median tells how many fit into the minutes, and the schedule ends there. Prepare the data before:
 
     python prepare_data.py --dataset enwik8 --tokenizer bytes --path enwik8.xz
 
@@ -83,7 +83,8 @@ def draw(rows):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--minutes', type=float, help='of each run (default 15, 0.05 with --quick)')
-    parser.add_argument('--lengths', type=positive, nargs='+', help='of the texts (default 2048 4096, 256 with --quick)')
+    parser.add_argument('--lengths', type=positive, nargs='+',
+                        help='of the texts (default 2048 4096, 256 with --quick)')
     parser.add_argument('--schemes', nargs='+', default=['rope', 'composite', 'nprf+rpe'], metavar='SCHEME',
                         help='those of compare.py, or your own (default: rope composite nprf+rpe)')
     parser.add_argument('--dataset', default='enwik8', help='default enwik8')

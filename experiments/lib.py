@@ -98,7 +98,7 @@ def short_names(outs):
 def runs_of(name, objective='causal'):
     """The folders of compare.py's runs of one --name that have ended."""
     found = [str(path.parent) for path in sorted(Path('out', 'compare').glob(f'{name}-{objective}-*/loss.png'))]
-    return found or die(f'found no {objective} run of the name {name} in out/compare: compare.py --name {name} trains it')
+    return found or die(f'found no {objective} run of the name {name} in out/compare; compare.py trains them')
 
 
 def with_earlier(path, rows, same):

@@ -35,7 +35,7 @@ def python(monkeypatch, folder, module, *words):
 
 @pytest.fixture
 def fake_runs(monkeypatch):
-    """compare.py trains nothing: a run is there at once, its last loss is the next of 1, 2, ... Returns what was run."""
+    """compare.py trains nothing: a run is there at once; its last loss is the next of 1.25, 2.25, ... -> what was run."""
     trained = []
 
     def train_run(words, place):

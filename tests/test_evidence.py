@@ -35,7 +35,7 @@ def python(monkeypatch, folder, module, *words):
 
 @pytest.fixture
 def fake_runs(monkeypatch):
-    """compare.py trains nothing: a run is there at once; its last loss is the next of 1.25, 2.25, ... -> what was run."""
+    """compare.py trains nothing: runs are there at once, with last losses of 1.25, 2.25, ... -> their names."""
     trained = []
 
     def train_run(words, place):

@@ -4,14 +4,22 @@ The one table: every position scheme on one footing, put together from the resul
     python experiments/atlas.py --time    # measures the steps again, in turns: a few minutes on a quiet machine
     python experiments/atlas.py           # the table and the picture, from the CSV files in experiments/results
 
-Reads compare-<name>-causal.csv and -masked.csv (the last losses), extrapolate-<name>.csv (the loss at 8 times the
-length of training), probe_position-<name>.csv (the error of the MLP after the last layer), tasks.csv and
-atlas-time.csv. A dash stands where nothing has been measured. Parameters are counted in the models themselves. What
-decoding keeps is seen by feeding them tokens: how many numbers more per token and layer, from token 300 to 400.
+Reads what these commands wrote, and shows a dash where one has not been run:
+
+    compare.py --name NAME              the last losses, their mean over the seeds and (standard deviation)
+    extrapolate.py --name NAME          the loss at 8 times the length of training, of the best checkpoint
+    probe_position.py --name NAME       by how many tokens an MLP after the last layer misses the position, untrained
+                                        and trained
+    tasks.py                            right answers at twice the longest length of training, in percent
+    atlas.py --time                     the time of a training step, as a multiple of that of nope
+
+Parameters are counted in the models themselves, here at the tiny preset. What decoding keeps is seen by feeding them
+tokens: how many numbers more per token and layer, from token 300 to token 400.
 Writes experiments/results/atlas.csv and .png; with --time first atlas-time.csv.
 """
 import argparse
 import dataclasses
+import re
 import statistics
 from pathlib import Path
 
@@ -25,22 +33,22 @@ import common
 import train
 from common import die
 
-ATLAS = {  # scheme: what it adds to the score of query i and key j, where it was published
-    'nope': ('nothing', 'Chi et al. 2023'),
-    'absolute': ('nothing; `p_i` to the embedding', 'Radford et al. 2019 (GPT-2)'),
+ATLAS = {  # scheme: what it adds to the score of query i and key j; where it is described
+    'nope': ('nothing', 'Haviv et al. 2022, Chi et al. 2023'),
+    'absolute': ('nothing; `p_i` to the embedding', 'Gehring et al. 2017, GPT-2'),
     'rope': ('nothing; turns `q_i`, `k_j` by `i`, `j` times `theta`', 'Su et al. 2021'),
-    'alibi': ('`-slope (i - j)`', 'Press et al. 2022'),
+    'alibi': ('`-slope abs(i - j)`', 'Press et al. 2022'),
     'tisa': ('`sum_s a_s exp(-abs(b_s) (j - i - c_s)^2)`', 'Wennberg and Henter 2021'),
-    'cape': ('nothing; sinusoids to the embedding, at shifted and scaled places', 'Likhomanenko et al. 2021'),
+    'cape': ('nothing; sinusoids to the embedding, shifted and scaled in training', 'Likhomanenko et al. 2021'),
     'fixed': ('`beta_{j-i}`', 'Raffel et al. 2020 (T5)'),
     'dynamic': ('`q_i.W_{j-i}/sqrt(hs)`', 'Shaw et al. 2018'),
     'composite': ('`q_i.W_{j-i}/sqrt(hs) + beta_{j-i}`', 'Chang et al. 2021'),
-    'composite+key': ('the same and `k_j.U_{j-i}/sqrt(hs)`', 'Chang et al. 2021'),
+    'composite+key': ('the same and `k_j.U_{i-j}/sqrt(hs)`', 'Chang et al. 2021'),
     'composite+output': ('as composite; a convolution of the values after the softmax', 'Chang et al. 2021'),
     'conv-output': ('nothing; a convolution of the values after the softmax', 'Chang et al. 2021'),
-    'conv-qkv': ('nothing; convolves queries, keys and values', 'Chang et al. 2021'),
+    'conv-qkv': ('nothing; convolves the input of `q`, `k`, `v` in half of the heads', 'Chang et al. 2021'),
     'nprf+rpe': ('`b_{j-i}`, with features in place of the softmax', 'Luo et al. 2021'),
-    'nprf+rpe-64': ('the same, all farther than 64 share one `b`', 'Luo et al. 2021'),
+    'nprf+rpe-64': ('the same, with one `b` for all beyond 64 on a side', 'Luo et al. 2021'),
 }
 LENGTHS = 128, 1024  # of the texts whose steps are timed
 TASKS = 'copy', 'reverse', 'addition'
@@ -69,14 +77,14 @@ def kept(model):
     return (totals[1] - totals[0]) / 100 / len(state)
 
 
-def measure_steps(args):
+def measure_steps(seconds):
     """Rows (scheme, tokens in a text, ms per step): 3,072 bytes in a step, in turns, as precise as --dtype auto."""
     bf16 = common.multiplies_bf16(torch.device('cpu'))
     rows = []
-    for T in LENGTHS[:1] if args.quick else LENGTHS:
+    for T in LENGTHS:
         idx = torch.randint(256, (3072 // T, T))
         jobs = {scheme: training_step(build(scheme, block_size=T), idx, bf16, compiled=False) for scheme in ATLAS}
-        rows += [(scheme, T, ms) for scheme, ms in in_turns(jobs, 0 if args.quick else 60).items()]
+        rows += [(scheme, T, ms) for scheme, ms in in_turns(jobs, seconds).items()]
     return rows
 
 
@@ -90,18 +98,28 @@ def read(folder, name, **wanted):
 def last_losses(folder, name, objective, scheme):
     """The last validation loss of each seed."""
     last = {}
-    for row in read(folder, f'compare-{name}-{objective}', scheme=scheme):
-        last[row['seed']] = float(row['val_loss'])
+    for table in (f'compare-{name}', f'compare-{name}-{objective}'):  # of a command with both objectives, or with one
+        for row in read(folder, table, objective=objective, scheme=scheme):
+            last[row['seed']] = float(row['val_loss'])
     return list(last.values())
+
+
+def probe_errors(folder, name, what, scheme):
+    """The error of the MLP after the last layer in each run of a scheme, 'trained' or 'before training'."""
+    errors = {}
+    for row in read(folder, f'probe_position-{name}', tap='after MLP', probe='MLP'):
+        if re.fullmatch(rf'{what}: {re.escape(scheme)}-\d+', row['model']):
+            errors.setdefault(row['model'], {})[int(row['layer'])] = float(row['error'])
+    return [of_layer[max(of_layer)] for of_layer in errors.values()]
 
 
 def mean(numbers):
     return statistics.mean(numbers) if numbers else None
 
 
-def collect(args, base):
-    """A row of the CSV for each scheme; None where nothing has been measured. base: the parameters of nope."""
-    folder, name = args.results, args.name
+def collect(folder, name):
+    """A row of the CSV for each scheme; None where nothing has been measured."""
+    base = parameters(build('nope'))
     rows = []
     for scheme in ATLAS:
         row = [scheme, parameters(build(scheme)) - base]
@@ -110,15 +128,14 @@ def collect(args, base):
             row += [mean(last), len(last), statistics.stdev(last) if len(last) > 1 else None]
         row.append(mean([float(r['loss']) for r in read(folder, f'extrapolate-{name}', scheme=scheme, times='8')]))
         for task in TASKS:
-            row.append(mean([float(r['right_percent'])
-                             for r in read(folder, 'tasks', task=task, scheme=scheme, length='40')]))
+            asked = read(folder, 'tasks', task=task, scheme=scheme, length='40')
+            longest = max((int(r['steps']) for r in asked), default=0)
+            row.append(mean([float(r['right_percent']) for r in asked if int(r['steps']) == longest]))
         for T in LENGTHS:
             times = {r['scheme']: float(r['ms']) for r in read(folder, 'atlas-time', tokens=str(T))}
             row.append(times[scheme] / times['nope'] if scheme in times else None)
         row.append(kept(build(scheme, block_size=512)))
-        for what in ('before training', 'trained'):
-            found = read(folder, f'probe_position-{name}', layer='4', tap='after MLP', probe='MLP')
-            row.append(mean([float(r['error']) for r in found if r['model'].rpartition('-')[0] == f'{what}: {scheme}']))
+        row += [mean(probe_errors(folder, name, what, scheme)) for what in ('before training', 'trained')]
         rows.append(tuple(row))
     return rows
 
@@ -165,17 +182,18 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--name', default='python-8000', help='of the comparison (default %(default)s)')
     parser.add_argument('--time', action='store_true', help='measure the time of a step of every scheme first')
-    common_flags(parser, 'times from a single turn at one length', dataset=False)
+    parser.add_argument('--seconds', type=float, default=60, help='of this measurement, for each length (default 60)')
+    common_flags(parser, None, dataset=False)
     return parse(parser)
 
 
 def main():
     args = arguments()
+    if not list(Path(args.results).glob(f'compare-{args.name}*.csv')):
+        die(f'found no compare-{args.name}.csv in {args.results}; compare.py --name {args.name} writes it')
     if args.time:
-        write_csv(args.results, 'atlas-time', ('scheme', 'tokens', 'ms'), measure_steps(args))
-    if not read(args.results, f'compare-{args.name}-causal'):
-        die(f'found no compare-{args.name}-causal.csv in {args.results}; compare.py --name {args.name} writes it')
-    rows = collect(args, parameters(build('nope')))
+        write_csv(args.results, 'atlas-time', ('scheme', 'tokens', 'ms'), measure_steps(args.seconds))
+    rows = collect(args.results, args.name)
     path = write_csv(args.results, 'atlas', HEADER, rows)
     print_table(rows)
     save(draw(rows), path)

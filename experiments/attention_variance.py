@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lib import common_flags, parse, positive, pyplot, runs_of, save, short_names, text, with_earlier, write_csv
+from lib import common_flags, merge_table, parse, positive, pyplot, runs_of, save, short_names, text, write_csv
 
 from common import die, load_model_file
 from sample import load_run
@@ -213,8 +213,9 @@ def main():
     parts = ['attention_variance', args.name, 'quick' if args.quick else '']
     path = Path(args.results, '-'.join(part for part in parts if part) + '.csv')
     if args.name:
-        rows = with_earlier(path, rows, 1)
-    write_csv(path.parent, path.stem, HEADER, rows)
+        rows = merge_table(path, HEADER, rows, 1, f'sequences: {args.sequences}')
+    else:
+        write_csv(path.parent, path.stem, HEADER, rows)
     print_table(curves, at)
     random = f'random models: d {args.n_embd}, {args.n_layer} layers, {args.vocab_size} kinds of tokens'
     save(draw(rows, f'variance of the attention output ({args.name or random})'), path)

@@ -14,8 +14,8 @@ with relative positions of the same 257 offsets. The schemes rope, alibi, tisa a
 Runs stay in out/compare/ and are not trained twice: an interrupted comparison goes on where it stopped. Runs of one
 --name have the same settings; other settings need another name.
 Writes experiments/results/compare-<name>[-<objective, if only one>].csv, again after each run, and .png. The first line
-of the CSV is the last command. Runs of an earlier command with the same settings stay in the CSV, and those of known
-schemes are not trained again, even when out/ is gone. So two commands can fill one table side by side.
+of the CSV is the last command. Rows of other runs with the same settings stay in it, so that two commands can fill one
+table side by side; --from_table takes losses from there. A table of other settings is replaced at the end.
 """
 import argparse
 import csv
@@ -32,7 +32,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from lib import REPO, common_flags, parse, positive, pyplot, read_csv, save, write_csv
+from lib import (
+    REPO, comment_of, common_flags, from_table_flag, merge_table, parse, positive, pyplot, read_csv, save)
 
 import train
 from common import die
@@ -177,35 +178,27 @@ def losses(out):
         return [(int(r['step']), float(r['val_loss'])) for r in csv.DictReader(f) if r['val_loss']]
 
 
-def table_settings(command):
-    """What all runs of a table share: the data set and the flags for train.py."""
-    words = shlex.split(command)
-    dataset = words[words.index('--dataset') + 1] if '--dataset' in words else 'python'
-    return dataset, words[words.index('--train') + 1:] if '--train' in words else []
+def same_settings(args):
+    """-> a function of a table's first line, a command: whether all of its runs have the settings of args."""
+    def fits(command):
+        _, script, words = (command or '').partition('experiments/compare.py')
+        try:
+            old = arguments(shlex.split(words))
+        except (ValueError, SystemExit):  # not a command that this version knows
+            return False
+        return bool(script) and (old.dataset, old.train) == (args.dataset, args.train)
+    return fits
 
 
-def recorded(path, command):
-    """{(objective, scheme, seed): [(step, loss)]} of the table at path, if its own command had the same settings."""
-    if not path.is_file():
-        return {}
-    first = path.read_text(encoding='utf-8').partition('\n')[0]
-    if table_settings(first.removeprefix('# ')) != table_settings(command):
+def recorded(path, fits):
+    """{(objective, scheme, seed): [(step, loss)]} of a table whose first line fits."""
+    if not path.is_file() or not fits(comment_of(path)):
         return {}
     found = {}
     for row in read_csv(path):
         key = row['objective'], row['scheme'], int(row['seed'])
         found.setdefault(key, []).append((int(row['step']), float(row['val_loss'])))
     return found
-
-
-def record(path, command, key, curve):
-    """Add one run to the table at path, or put it in the place of the run with the same key."""
-    runs = {**recorded(path, command), key: curve}
-    order = in_order([scheme for _, scheme, _ in runs])
-    rows = []
-    for key in sorted(runs, key=lambda key: (key[0], order.index(key[1]), key[2])):
-        rows += [(*key, step, f'{loss:g}') for step, loss in runs[key]]
-    write_csv(path.parent, path.stem, ('objective', 'scheme', 'seed', 'step', 'val_loss'), rows, command)
 
 
 def p_value(differences):
@@ -274,7 +267,7 @@ def draw(curves, title):
     return fig
 
 
-def arguments():
+def arguments(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--schemes', nargs='+', default=list(SCHEMES), metavar='SCHEME',
                         help=f"any of {', '.join(SCHEMES)} (default: all), or your own, 'name: flags of train.py'")
@@ -283,11 +276,12 @@ def arguments():
     parser.add_argument('--seeds', type=positive, default=3, help='seeds 1, 2, ... (default 3)')
     parser.add_argument('--against', metavar='SCHEME',
                         help='also print how much more each scheme loses than this one, paired by seed, with p')
+    from_table_flag(parser)
     parser.add_argument('--dataset', default='python', help='default python')
     parser.add_argument('--name', help='of this setting, for folders and files (default: the name of the data set)')
     common_flags(parser, 'a much smaller setting: one seed, 60 steps', dataset=False)
     parser.add_argument('--train', nargs=argparse.REMAINDER, default=[], help='everything after it goes to train.py')
-    args = parse(parser)
+    args = parse(parser, words=words)
     args.schemes = read_schemes(args.schemes)
     refuse_ours(args.train, '--train')
     if args.against and (args.against not in args.schemes or args.quick or args.seeds < 2):
@@ -315,17 +309,22 @@ def main():
                 runs.append((objective, scheme, seed, out, words))
     name = '-'.join(['compare', args.name, *(args.objectives if len(args.objectives) == 1 else [])])
     path = Path(args.results, f'{name}.csv')
-    curves = {}
+    fits = same_settings(args)
+    old = recorded(path, fits) if args.from_table else {}
+    keep = not path.is_file() or fits(comment_of(path))
+    curves, rows = {}, []
     for k, (objective, scheme, seed, out, words) in enumerate(runs, 1):
-        key = objective, scheme, seed
-        trained = (out / 'loss.png').exists()  # the last file that a run writes
-        curve = None if trained or scheme not in SCHEMES else recorded(path, command).get(key)
-        if not (trained or curve):
-            train_run(words, f'run {k} of {len(runs)}: {scheme} {objective} seed {seed}')
-        curve = curve or losses(out)
-        record(path, command, key, curve)
+        curve = old.get((objective, scheme, seed))
+        where = ' (from the table)' if curve else ''
+        if not curve:
+            if not (out / 'loss.png').exists():  # the last file that a run writes
+                train_run(words, f'run {k} of {len(runs)}: {scheme} {objective} seed {seed}')
+            curve = losses(out)
         curves.setdefault((objective, scheme), []).append(curve)
-        print(f'{objective} {scheme} seed {seed}: {curve[-1][1]:.4f}', flush=True)
+        print(f'{objective} {scheme} seed {seed}: {curve[-1][1]:.4f}{where}', flush=True)
+        rows += [(objective, scheme, seed, step, f'{loss:g}') for step, loss in curve]
+        if keep or k == len(runs):
+            merge_table(path, ('objective', 'scheme', 'seed', 'step', 'val_loss'), rows, 3, command, fits)
 
     print_losses(curves)
     if args.against:

@@ -8,29 +8,26 @@ Does the gap without positions close with depth and training?
 Chi et al. 2023 and Haviv et al. 2022: a causal model without positions loses little, with 16 layers and hundreds of
 thousands of steps. Here the tiny preset with more or fewer layers, one seed. The gap is the loss of nope less that of
 the best other scheme.
-Runs stay in out/depth/: an interrupted experiment goes on where it stopped. Runs in the table are not trained again.
-Writes experiments/results/depth.csv, again after each run, and .png.
+Runs stay in out/depth/: an interrupted experiment goes on where it stopped.
+Writes experiments/results/depth-<data set>.csv, again after each run, and .png. Rows of other runs stay in the table.
 """
 import argparse
+import itertools
 from pathlib import Path
 
-from compare import SCHEMES, check_run, colors, losses, read_schemes, train_run
-from lib import common_flags, parse, positive, pyplot, read_csv, save, with_earlier, write_csv
+from compare import check_run, colors, losses, read_schemes, train_run
+from lib import common_flags, from_table_flag, merge_table, parse, positive, pyplot, read_csv, save
 
 HEADER = 'steps', 'layers', 'scheme', 'val_loss'
 SMALL = '--n_embd 64 --batch_size 4 --eval_tokens 4096'.split()
 
 
-def last_loss(steps, layers, scheme, flags, args):
-    """The last validation loss of a run, which is trained if it has not ended yet."""
-    out = Path('out', 'depth', f'{steps}-{layers}-{scheme}' + ('-quick' if args.quick else ''))
-    words = ['--dataset', args.dataset, '--data_dir', args.data_dir, '--out_dir', str(out), '--n_layer', str(layers),
-             '--max_iters', str(steps), '--eval_interval', str(max(1, steps // 10)),
-             *(SMALL if args.quick else []), *flags]
-    check_run(out, words)
-    if not (out / 'loss.png').exists():  # the last file that a run writes
-        train_run(words, f'{scheme}, {layers} layers, {steps} steps')
-    return losses(out)[-1][1]
+def place_and_words(steps, layers, scheme, flags, args):
+    """The folder of a run and its flags of train.py."""
+    out = Path('out', 'depth', f'{args.dataset}-{steps}-{layers}-{scheme}' + ('-quick' if args.quick else ''))
+    return out, ['--dataset', args.dataset, '--data_dir', args.data_dir, '--out_dir', str(out), '--n_layer',
+                 str(layers), '--max_iters', str(steps), '--eval_interval', str(max(1, steps // 10)),
+                 *(SMALL if args.quick else []), *flags]
 
 
 def draw(table, schemes):
@@ -39,7 +36,7 @@ def draw(table, schemes):
     color = colors(schemes)
     lengths = sorted({steps for steps, _, _ in table})
     depths = sorted({layers for _, layers, _ in table})
-    for style, steps in zip(('o--', 'o-', 'o:', 'o-.'), lengths):
+    for style, steps in zip(itertools.cycle(('o--', 'o-', 'o:', 'o-.')), lengths):
         for scheme in schemes:
             left.plot(depths, [table[steps, layers, scheme] for layers in depths], style, color=color[scheme],
                       label=f'{scheme}, {steps:,} steps')
@@ -48,7 +45,8 @@ def draw(table, schemes):
                    for layers in depths]
             right.plot(depths, gap, style, color='k', label=f'{steps:,} steps')
     left.set(ylabel='validation loss (nats per byte)')
-    right.set(ylabel='nope less the best of the others (nats per byte)', ylim=(0, None))
+    right.set(ylabel='nope less the best of the others (nats per byte)')
+    right.axhline(0, color='gray', lw=1)
     for ax in (left, right):
         ax.set(xlabel='layers')
         ax.set_xticks(depths)
@@ -64,6 +62,7 @@ def arguments():
     parser.add_argument('--steps', type=positive, nargs='+', help='of training (default 1000 4000, 5 with --quick)')
     parser.add_argument('--schemes', nargs='+', default=['nope', 'rope', 'composite'], metavar='SCHEME',
                         help='those of compare.py, or your own (default: nope rope composite)')
+    from_table_flag(parser)
     common_flags(parser, 'narrow models for five steps')
     return parse(parser, {'steps': ([1000, 4000], [5])})
 
@@ -71,18 +70,25 @@ def arguments():
 def main():
     args = arguments()
     schemes = read_schemes(args.schemes)
-    path = Path(args.results, 'depth-quick.csv' if args.quick else 'depth.csv')
+    parts = 'depth', args.dataset, 'quick' if args.quick else ''
+    path = Path(args.results, '-'.join(part for part in parts if part) + '.csv')
+    old = {}
+    if args.from_table and path.is_file():
+        old = {tuple(row.values())[:3]: float(row['val_loss']) for row in read_csv(path)}
+    runs = [(steps, layers, scheme) for steps in args.steps for layers in args.layers for scheme in schemes]
+    for key in runs:
+        check_run(*place_and_words(*key, schemes[key[2]], args))
     table = {}
-    for steps in args.steps:
-        for layers in args.layers:
-            for scheme, flags in schemes.items():
-                key = steps, layers, scheme
-                old = {tuple(row.values())[:3]: float(row['val_loss'])
-                       for row in (read_csv(path) if path.is_file() else [])}
-                known = scheme in SCHEMES and old.get(tuple(map(str, key)))
-                table[key] = known or last_loss(*key, flags, args)
-                write_csv(path.parent, path.stem, HEADER, with_earlier(path, [(*key, table[key])], 3))
-                print(f'{steps:,} steps, {layers} layers, {scheme}: {table[key]:.4f}', flush=True)
+    for key in runs:
+        steps, layers, scheme = key
+        table[key] = old.get(tuple(map(str, key)))
+        if table[key] is None:
+            out, words = place_and_words(*key, schemes[scheme], args)
+            if not (out / 'loss.png').exists():  # the last file that a run writes
+                train_run(words, f'{scheme}, {layers} layers, {steps} steps')
+            table[key] = losses(out)[-1][1]
+        merge_table(path, HEADER, [(*key, table[key])], 3)
+        print(f'{steps:,} steps, {layers} layers, {scheme}: {table[key]:.4f}', flush=True)
     print(f'\n| steps | layers | {" | ".join(schemes)} |\n|---|---{"|---" * len(schemes)}|')
     for steps in args.steps:
         for layers in args.layers:

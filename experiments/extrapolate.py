@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from compare import colors, in_order
-from lib import common_flags, parse, positive, pyplot, runs_of, save, short_names, text, with_earlier, write_csv
+from lib import common_flags, merge_table, parse, positive, pyplot, runs_of, save, short_names, text, write_csv
 
 from common import die
 from sample import load_run
@@ -119,9 +119,11 @@ def main():
         rows += measure(name, out, args.texts, args.data_dir, device)
     parts = ['extrapolate', args.name, 'quick' if args.quick else '']
     path = Path(args.results, '-'.join(part for part in parts if part) + '.csv')
+    header = 'scheme', 'seed', 'times', 'block_size', 'loss'
     if args.name:
-        rows = with_earlier(path, rows, 2)
-    write_csv(path.parent, path.stem, ('scheme', 'seed', 'times', 'block_size', 'loss'), rows)
+        rows = merge_table(path, header, rows, 2, f'texts: {args.texts}')
+    else:
+        write_csv(path.parent, path.stem, header, rows)
     table = means(rows)
     print_table(table)
     save(draw(table), path)

@@ -1,9 +1,12 @@
 """What several experiments share: prepared text, a short training loop, names of runs, and where results go."""
+import contextlib
 import csv
+import io
 import itertools
 import math
 import re
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 import prepare_data  # noqa: E402
-from common import die  # noqa: E402
+from common import die, write  # noqa: E402
 
 
 def text(dataset, data_dir='data'):
@@ -101,19 +104,51 @@ def runs_of(name, objective='causal'):
     return found or die(f'found no {objective} run of the name {name} in out/compare; compare.py trains them')
 
 
-def with_earlier(path, rows, same):
-    """The rows of the table at path, but for those whose first `same` fields are those of a new row, then the rows."""
-    def number(word):
-        for kind in (int, float):
-            try:
-                return kind(word)
-            except ValueError:
-                continue
-        return word
+@contextlib.contextmanager
+def alone(path):
+    """One process at a time is in here with the same path. The lock of a killed one is broken after ten seconds."""
+    lock = Path(f'{path}.lock')
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # the other one has just left
+            if lock.exists() and time.time() - lock.stat().st_mtime > 10:
+                lock.rmdir()
+        try:
+            lock.mkdir()
+            break
+        except FileExistsError:
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        lock.rmdir()
 
-    new = {tuple(map(str, row[:same])) for row in rows}
-    old = [tuple(row.values()) for row in read_csv(path)] if path.is_file() else []
-    return [tuple(map(number, row)) for row in old if row[:same] not in new] + rows
+
+def merge_table(path, header, rows, same, comment=None, fits=None):
+    """Put rows into the table at path, in the place of those with the same first `same` columns -> all its rows.
+
+    Several processes can fill one table. A table whose comment does not fit (default: is another) is replaced.
+    """
+    fits = fits or (lambda old: old == comment)
+    with alone(path):
+        rows = [*other_rows(path, rows, same, fits), *rows]
+        write_csv(path.parent, path.stem, header, rows, comment)
+    return rows
+
+
+def other_rows(path, rows, same, fits):
+    """The old rows that merge_table() keeps; what looks like a number is one again, but in the first `same` columns."""
+    def number(text):
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(text)
+        return text
+
+    if not path.is_file() or not fits(comment_of(path)):
+        return []
+    new = {tuple(map(spell, row[:same])) for row in rows}
+    old = [tuple(row.values()) for row in read_csv(path)]
+    return [(*row[:same], *map(number, row[same:])) for row in old if row[:same] not in new]
 
 
 def positive(word):
@@ -124,11 +159,16 @@ def positive(word):
     return number
 
 
+def from_table_flag(parser):
+    parser.add_argument('--from_table', action='store_true',
+                        help='do not train runs whose results the table has, even if out/ has lost them')
+
+
 def common_flags(parser, quick, dataset=True, name=False):
     """Add the flags that experiments have in common. `quick` is the help of --quick; None: there is no such flag."""
     if name:
-        parser.add_argument('--name', help='all causal runs of this --name of compare.py. The table gets it in its own '
-                                           'name, and keeps the rows of runs that it has already')
+        parser.add_argument('--name', help='all causal runs of this --name of compare.py in out/. The table gets it in '
+                                           'its own name, and keeps its rows of runs that are no longer in out/')
     if dataset:
         parser.add_argument('--dataset', default='python', help='default python')
         parser.add_argument('--data_dir', default='data', help='default data')
@@ -138,13 +178,13 @@ def common_flags(parser, quick, dataset=True, name=False):
     parser.add_argument('--results', help=f'folder of the table and the picture (default {place})')
 
 
-def parse(parser, sizes=None):
-    """The command line's arguments.
+def parse(parser, sizes=None, words=None):
+    """The arguments of the command line, or of `words`.
 
     --quick writes to out/quick: experiments/results holds the full settings. sizes {flag: (value, value with --quick)}
     are the defaults that differ.
     """
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     quick = getattr(args, 'quick', False)
     for name, (full, small) in (sizes or {}).items():
         if getattr(args, name) is None:
@@ -154,18 +194,30 @@ def parse(parser, sizes=None):
     return args
 
 
+def spell(value):
+    """A value as a table holds it: floats with five digits."""
+    return f'{value:.5g}' if isinstance(value, float) else str(value) if value is not None else ''
+
+
 def write_csv(folder, name, header, rows, comment=None):
-    """-> path of folder/name.csv; floats with five digits. The comment, if any, is the first line, after `# `."""
+    """-> path of folder/name.csv, complete or not there at all. The comment, if any, is the first line, after `# `."""
     path = Path(folder, f'{name}.csv')
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'w', newline='', encoding='utf-8') as f:
-        if comment:
-            f.write(f'# {comment}\r\n')
-        writer = csv.writer(f)
-        writer.writerow(header)
-        for row in rows:
-            writer.writerow([f'{x:.5g}' if isinstance(x, float) else x for x in row])
+    text = io.StringIO()
+    if comment:
+        text.write(f'# {comment}\r\n')
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(map(spell, row) for row in rows)
+    write(path, lambda f: f.write(text.getvalue().encode()))
     return path
+
+
+def comment_of(path):
+    """The comment of a table, or None."""
+    with open(path, encoding='utf-8') as f:
+        first = f.readline().rstrip('\n')
+    return first[2:] if first.startswith('# ') else None
 
 
 def read_csv(path):
@@ -177,6 +229,7 @@ def read_csv(path):
 def save(fig, path):
     """Write the picture beside the table at path."""
     fig.savefig(path.with_suffix('.png'), dpi=120)
+    pyplot().close(fig)
     print(f'\nwrote {path} and its .png')
 
 

@@ -35,7 +35,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from attention_variance import before_training, random_model
-from lib import REPO, common_flags, parse, positive, pyplot, runs_of, save, short_names, text, with_earlier, write_csv
+from lib import (
+    REPO, common_flags, merge_table, parse, positive, pyplot, runs_of, save, short_names, text, write_csv)
 
 from sample import load_run
 
@@ -269,12 +270,13 @@ def main():
     for name, out_dir in zip(names, args.out_dir):
         rows += probe_trained(name, out_dir, args)
     parts = ['probe_position', 'quick' if args.quick else '', args.model, 'trained' if args.out_dir else '']
-    if args.name:
-        parts = ['probe_position', args.name]
     path = Path(args.results, '-'.join(part for part in parts if part) + '.csv')
     if args.name:
-        rows = with_earlier(path, rows, 2)
-    write_csv(path.parent, path.stem, HEADER, rows)
+        path = path.with_name(f'probe_position-{args.name}.csv')
+        sizes = ', '.join(f'{name} {getattr(args, name)}' for name in ('steps', 'batch', 'test', 'hidden', 'seed'))
+        rows = merge_table(path, HEADER, rows, 2, sizes)
+    else:
+        write_csv(path.parent, path.stem, HEADER, rows)
     print_table(rows)
     save(draw(rows), path)
 

@@ -17,23 +17,25 @@ length. Models are those of compare.py, at the tiny preset. All texts of a batch
 20; the loss is that of the answer. An answer is right if all of it is, as greedy decoding would write it: that is so
 exactly if each token is the likeliest after the right ones before it, which one forward pass tells.
 Absolute positions end at block_size, far beyond 40, but those past the longest text of training are never trained.
-Writes experiments/results/tasks.csv, again after each model, and .png. Models that are in the table are not trained
-again: an interrupted experiment goes on where it stopped, and two commands can fill one table side by side.
+Writes experiments/results/tasks.csv, again after each model, and .png. Rows of other models stay in the table, so that
+two commands can fill it side by side. An interrupted command goes on with --from_table.
 """
 import argparse
 import dataclasses
+import itertools
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from compare import SCHEMES, colors, in_order, read_schemes
+from compare import colors, in_order, read_schemes
 from curves import label_ends
-from lib import common_flags, descend, parse, positive, pyplot, read_csv, save, write_csv
+from lib import common_flags, descend, from_table_flag, merge_table, parse, positive, pyplot, read_csv, save
 
 import common
 import train
+from common import die
 
 DIGITS, PLUS, EQUALS, END = 26, 36, 37, 38  # ids: 26 letters, 10 digits, and three signs
 TRAINED, ASKED = 20, 40  # lengths
@@ -44,7 +46,7 @@ HEADER = 'task', 'scheme', 'seed', 'steps', 'length', 'right_percent'
 
 
 def copy(generator, B, n):
-    """-> problems and their answers, ids (B, ...). So for all tasks."""
+    """-> B problems of length n and their answers, ids (B, ...)."""
     letters = generator.integers(26, size=(B, n))
     return letters, letters
 
@@ -83,17 +85,20 @@ def texts(task, generator, B, n):
     return ids[:, :-1], targets
 
 
-def build(flags, task, args):
-    """The model of a scheme at the tiny preset, or half of it with --quick."""
-    size = ['--n_layer', '2', '--n_embd', '64'] if args.quick else []
+def build(flags, quick=False):
+    """The model of a scheme at the tiny preset, or half of it; one line if the flags do not fit."""
+    size = ['--n_layer', '2', '--n_embd', '64'] if quick else []
     _, module, config, _ = train.resolve([*size, *flags])
-    return module.Model(dataclasses.replace(config, vocab_size=64, causal=True))
+    try:
+        return module.Model(dataclasses.replace(config, vocab_size=64, causal=True))
+    except ValueError as e:
+        die(e)
 
 
 def train_and_ask(task, scheme, flags, seed, args):
     """-> rows of the table for one model."""
     torch.manual_seed(seed)
-    model = build(flags, task, args)
+    model = build(flags, args.quick)
     generator = np.random.default_rng(seed)
 
     def batches():
@@ -101,14 +106,14 @@ def train_and_ask(task, scheme, flags, seed, args):
             yield texts(task, generator, BATCH, generator.integers(SHORTEST[task], TRAINED + 1))
     start = time.perf_counter()
     bf16 = common.multiplies_bf16(torch.device('cpu'))
-    for step, loss, _ in descend(model, batches(), args.steps, RATE, args.steps // 20, bf16):
+    for step, loss, _ in descend(model, batches(), args.steps, RATE, max(1, args.steps // 20), bf16):
         if step % max(1, args.steps // 5) == 0:
             seconds = time.perf_counter() - start
             print(f'{task} {scheme} seed {seed}: step {step}, loss {loss:.3f}, {seconds:.0f} s', flush=True)
-    fresh = np.random.default_rng(10 ** 6 + seed)  # problems that no model has seen in this order
+    fresh = np.random.default_rng(10 ** 6 + seed)
     rows = []
     for n in range(2, ASKED + 1, 2):
-        right = share_right(model, *texts(task, fresh, args.problems, n))
+        right = share_right(model, *texts(task, fresh, 20 if args.quick else 500, n))
         rows.append((task, scheme, seed, args.steps, n, 100 * right))
     return rows
 
@@ -171,9 +176,9 @@ def arguments():
                         help=f"those of compare.py, or your own, 'name: flags of train.py' (default {' '.join(MAIN)})")
     parser.add_argument('--seeds', type=positive, default=2, help='seeds 1, 2, ... (default 2)')
     parser.add_argument('--steps', type=positive, help='of training (default 3000, 20 with --quick)')
-    parser.add_argument('--problems', type=positive, help='of each length asked (default 500, 20 with --quick)')
+    from_table_flag(parser)
     common_flags(parser, 'smaller models and 20 steps', dataset=False)
-    args = parse(parser, {'steps': (3000, 20), 'problems': (500, 20)})
+    args = parse(parser, {'steps': (3000, 20)})
     args.schemes = read_schemes(args.schemes)
     return args
 
@@ -181,16 +186,15 @@ def arguments():
 def main():
     args = arguments()
     path = Path(args.results, 'tasks-quick.csv' if args.quick else 'tasks.csv')
-    asked = [(task, scheme, seed, args.steps) for task in args.tasks for scheme in args.schemes
-             for seed in range(1, args.seeds + 1)]
-    for key in asked:
-        task, scheme, seed, _ = key
-        if scheme not in SCHEMES or key not in read_table(path):
-            rows = train_and_ask(task, scheme, args.schemes[scheme], seed, args)
-            found = {**read_table(path), key: rows}  # read again: another command may have written meanwhile
-            write_csv(path.parent, path.stem, HEADER, [row for key in sorted(found) for row in found[key]])
-    found = read_table(path)
-    table = means([row for key in asked for row in found[key]])
+    old = read_table(path) if args.from_table else {}
+    for flags in args.schemes.values():
+        build(flags, args.quick)  # what does not fit is refused before anything is trained
+    rows = []
+    for task, (scheme, flags), seed in itertools.product(args.tasks, args.schemes.items(), range(1, args.seeds + 1)):
+        found = old.get((task, scheme, seed, args.steps)) or train_and_ask(task, scheme, flags, seed, args)
+        merge_table(path, HEADER, found, 4)
+        rows += found
+    table = means(rows)
     print_table(table)
     save(draw(table), path)
 

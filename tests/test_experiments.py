@@ -284,7 +284,7 @@ def test_short_names(capsys):
 
 
 @pytest.mark.parametrize('script, words', {
-    'atlas': [], 'attention_variance': [], 'compare': [], 'convert': [], 'depth': [], 'equal_time': [],
+    'attention_variance': [], 'compare': [], 'convert': [], 'depth': [], 'equal_time': [],
     'extrapolate': ['out/a'], 'feature_error': [], 'finetune_glue': ['--out_dirs', 'out/a'], 'probe_position': [],
     'speed': [], 'stability': [], 'tasks': []}.items())
 def test_quick_touches_no_tracked_file(script, words, monkeypatch):

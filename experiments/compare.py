@@ -32,6 +32,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from curves import label_ends
 from lib import (
     REPO, comment_of, common_flags, from_table_flag, merge_table, parse, positive, pyplot, read_csv, save)
 
@@ -234,6 +235,18 @@ def print_differences(curves, against):
         print(f'| {objective} | {scheme} | {mean:+.4f} | {by_seed} | {p_value(differences):.3f} |')
 
 
+def print_levels(curves, levels):
+    """The first validation of each run at which its loss is below each level; a dash: it never is."""
+    print('\n| objective | scheme |' + ''.join(f' below {level:g} |' for level in levels))
+    print('|---|---|' + '---|' * len(levels))
+    for (objective, scheme), runs in curves.items():
+        cells = []
+        for level in levels:
+            steps = [next((f'{step:,}' for step, loss in run if loss < level), '-') for run in runs]
+            cells.append(' / '.join(steps))
+        print(f'| {objective} | {scheme} | {" | ".join(cells)} |')
+
+
 def draw(curves, title):
     """curves {(objective, scheme): [[(step, loss)] of each seed]} -> a figure.
 
@@ -247,17 +260,20 @@ def draw(curves, title):
     fig, axes = pyplot().subplots(2, len(objectives), figsize=size, height_ratios=(4, 0.5 + 0.25 * n), squeeze=False,
                                   layout='constrained')
     for (above, below), objective in zip(axes.T, objectives):
+        ends = []
         for row, scheme in enumerate(schemes):
             runs = curves[objective, scheme]
             steps = [step for step, _ in runs[0]]
             means = [statistics.mean(run[i][1] for run in runs) for i in range(len(steps))]
             above.plot(steps[1:], means[1:], color=color[scheme], lw=1.5, label=scheme)
+            ends.append((means[-1], steps[-1], scheme, color[scheme]))
             final = [run[-1][1] for run in runs]
             below.plot(final, [row] * len(final), 'o', color=color[scheme], ms=5, alpha=0.8)
         above.set(title=f'{objective} language model', xlabel='step',
                   ylabel='validation loss, mean over seeds\n(nats per token)')
-        if n <= 6:  # with more, only the names below tell the colours
-            above.legend(fontsize=7)
+        if steps[-1] >= 20 * steps[1]:  # most of the learning is in the first steps
+            above.set_xscale('log')
+        label_ends(above, ends)
         below.set(xlabel='last validation loss, one dot per seed (nats per token)')
         below.set_yticks(range(n), schemes)
         below.invert_yaxis()
@@ -277,6 +293,8 @@ def arguments(words=None):
     parser.add_argument('--against', metavar='SCHEME',
                         help='also print how much more each scheme loses than this one, paired by seed, with p')
     from_table_flag(parser)
+    parser.add_argument('--levels', type=float, nargs='+', metavar='LOSS',
+                        help='also print the step at which each run has a lower validation loss than these')
     parser.add_argument('--dataset', default='python', help='default python')
     parser.add_argument('--name', help='of this setting, for folders and files (default: the name of the data set)')
     common_flags(parser, 'a much smaller setting: one seed, 60 steps', dataset=False)
@@ -329,6 +347,8 @@ def main():
     print_losses(curves)
     if args.against:
         print_differences(curves, args.against)
+    if args.levels:
+        print_levels(curves, args.levels)
     save(draw(curves, args.name), path)
 
 

@@ -240,6 +240,15 @@ def test_printed_differences(capsys):
                          f'| masked | mine | +0.2000 | +0.3000, +0.1000 | {p[1]:.3f} |']
 
 
+def test_printed_levels(capsys):
+    """The first validation below a level, seed by seed; equal is not below."""
+    compare.print_levels(CURVES, [4.0, 3.1])
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        '| objective | scheme | below 4 | below 3.1 |', '|---|---|---|---|',
+        '| causal | nope | 4 / 4 | 4 / - |', '| causal | mine | 2 / 2 | 4 / 4 |',
+        '| masked | nope | - / - | - / - |', '| masked | mine | - / - | - / - |']
+
+
 def test_drawn_curves():
     """Above the mean over the seeds from the first validation after step 0; below a dot for each seed's last loss."""
     figure = compare.draw(CURVES, 'title')

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from compare import colors, in_order
+from curves import label_ends
 from lib import common_flags, merge_table, parse, positive, pyplot, runs_of, save, short_names, text, write_csv
 
 from common import die
@@ -83,15 +84,18 @@ def print_table(table):
 def draw(table):
     fig, ax = pyplot().subplots(figsize=(7, 4.5), layout='constrained')
     color = colors(table)
+    ends = []
     for scheme, mean in table.items():
-        ax.plot(TIMES, mean, 'o-', ms=4, color=color[scheme], label=scheme)
+        ax.plot(TIMES, mean, 'o-', ms=4, color=color[scheme])
+        last = max(n for n, loss in enumerate(mean) if not math.isnan(loss))
+        ends.append((mean[last], TIMES[last], scheme, color[scheme]))
     ax.axvline(1, color='gray', ls=':', lw=1)
     ax.set(xscale='log', xlabel='length of the text, in lengths of training',
            ylabel='loss on the same last block_size tokens (nats per token)')
     ax.set_xticks(TIMES, [f'{t}x' for t in TIMES])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=7, ncols=2)
+    label_ends(ax, ends)
     return fig
 
 

@@ -2,7 +2,7 @@
 Train several position schemes at equal budget, with several seeds, and compare their validation losses.
 
     python experiments/compare.py --quick                    # a few minutes on two CPU cores: does it run?
-    python experiments/compare.py --schemes nope composite   # the README's picture: tiny preset, three seeds
+    python experiments/compare.py --schemes nope composite   # the tiny preset, three seeds
     python experiments/compare.py --schemes nope 'mine: --model mine'    # a scheme of your own: its name and flags
     python experiments/compare.py --name python-small --train --preset small   # all after --train goes to train.py
 

@@ -575,6 +575,9 @@ class FarNear(torch.autograd.Function):
 
         late = (slice(None), slice(None), slice(far, None))  # all but the first `far` tokens
         early = (slice(None), slice(None), slice(None, -far))
+        # The kernel takes lse for contiguous. A compiler may pad the rows of a tensor kept since the forward pass, but
+        # not of one that it makes for the kernel here, and here it is made: only the backward pass knows `mean`.
+        lse = lse + 0 * mean
         far_dq, far_dk, far_dv = flash_backward(dy[late], q[late], k[early], v[early], y[late], lse[late], rng[:2])
         dq = dq + F.pad(far_dq, (0, 0, far, 0))
         dk = dk + F.pad(far_dk, (0, 0, 0, far))

@@ -5,6 +5,7 @@ Time and memory of every form of attention over the length of the text, and of a
     python experiments/speed.py            # on a GPU: 32,768 tokens, 12 heads of 64, m = 64, bf16, n = 512 ... 65,536
     python experiments/speed.py --steps    # training steps of every model at GPT-2 124M size (--quick: the tiny preset)
     python experiments/speed.py --steps --nanogpt ../nanoGPT --block_size 8192 --cudnn
+    python experiments/speed.py --steps --models nope composite --kernels    # and where the time of a step goes
     python experiments/speed.py --convs    # conv1d against shifted multiply-adds, both layouts
 
 Answers Figure 1a of Luo et al. 2021 (forward time over n, one head of 64 on a V100: softmax 51.8 ms at 32k, kernelized
@@ -14,7 +15,8 @@ the median. A form without enough memory is left out, and said so. The column `b
 torch that were called, as its profiler saw them: flash, cuDNN, efficient, math, or none.
 --steps trains as train.py does: 32,768 tokens a step (--block_size: in texts of another length), AdamW fused on a GPU,
 bfloat16 and torch.compile there; peak memory is that of one model with its optimizer. --nanogpt takes nanoGPT's own
-model from a checkout of github.com/karpathy/nanoGPT into the same turns; --cudnn lets torch prefer cuDNN's attention.
+model from a checkout of github.com/karpathy/nanoGPT into the same turns; --cudnn lets torch prefer cuDNN's attention;
+--kernels adds the table speed-steps-<device>...-kernels.csv: what a step of each model does, longest first.
 Writes experiments/results/speed-<device>.csv and .png (or speed-steps-<device>[-<block_size>][-cudnn].csv,
 speed-convs-<device>.csv); with --quick in out/quick. A row is written as soon as its form has run once, and again when
 its medians are known: a run that is cut off has what it measured.
@@ -283,7 +285,32 @@ def training_step(model, idx, bf16, compiled):
     return step
 
 
-def steps(args, device, write):
+def kernels(job, gpu):
+    """What a job does, longest first: rows (name, calls, ms) of GPU kernels, or on a CPU of torch's operators."""
+    kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profile:
+        job()
+        clock('cuda' if gpu else 'cpu')  # waits
+    events = [(event.key, event.count, (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e3)
+              for event in profile.key_averages()]
+    return sorted([event for event in events if event[2] > 0], key=lambda event: -event[2])
+
+
+def variants(args, size):
+    """{name: function that makes the model} of the models asked for."""
+    output_alone = dict(lightweight=False, dynamic=False, values=False, queries_keys=False, output=True)
+    fields = {'nope': (nope, {}), 'composite': (composite, {}), 'conv': (conv, {}),
+              'conv, output alone': (conv, output_alone), 'kernelized': (kernelized, {})}
+    known = {name: partial(ours, module, size | own) for name, (module, own) in fields.items()}
+    if args.nanogpt:
+        known['nanoGPT'] = partial(nanogpt, args.nanogpt, size)
+    unknown = [name for name in args.models or [] if name not in known]
+    if unknown:
+        die(f'--models takes {", ".join(known)}, not {unknown[0]!r}')
+    return {name: known[name] for name in args.models or known}
+
+
+def steps(args, device, write, write_kernels):
     """Time a training step of each model, in turns: rows (model, ms, tokens/s, times nope, peak GiB, backend)."""
     gpu = device == 'cuda'
     small = args.quick or not gpu
@@ -293,12 +320,6 @@ def steps(args, device, write):
     tokens = (24 if small else 32) * size['block_size']
     size['block_size'] = args.block_size or size['block_size']
     idx = torch.randint(256, (max(1, tokens // size['block_size']), size['block_size']), device=device)
-    output_alone = dict(lightweight=False, dynamic=False, values=False, queries_keys=False, output=True)
-    variants = {'nope': (nope, {}), 'composite': (composite, {}), 'conv': (conv, {}),
-                'conv, output alone': (conv, output_alone), 'kernelized': (kernelized, {})}
-    builders = {name: partial(ours, module, size | fields) for name, (module, fields) in variants.items()}
-    if args.nanogpt:
-        builders['nanoGPT'] = partial(nanogpt, args.nanogpt, size)
     rows = {}
     times = {}
 
@@ -307,7 +328,7 @@ def steps(args, device, write):
         rows[name] = name, ms, idx.numel() / ms * 1e3, ms / times.get('nope', math.nan), *figures
         return write(('model', 'ms', 'tokens_per_s', 'times_nope', 'peak_gib', 'backend'), rows.values())
     jobs = {}
-    for name, build in builders.items():
+    for name, build in variants(args, size).items():
         job = None  # frees a model that was too large
         try:
             before = torch.cuda.memory_allocated() if gpu else 0
@@ -329,6 +350,9 @@ def steps(args, device, write):
     for name, time_of_step, rate, ratio, memory, kernel in rows.values():
         print(f'| {name} | {time_of_step:.1f} | {rate:,.0f} | {ratio:.2f} | {memory:.1f} | {kernel} |')
     print(f'\nwrote {path}')
+    if args.kernels:
+        table = [(name, *row) for name, job in jobs.items() for row in kernels(job, gpu)]
+        print(f'wrote {write_kernels(("model", "kernel", "calls", "ms"), table)}')
 
 
 def ours(module, fields):
@@ -368,6 +392,8 @@ def convs(args, device, write):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--steps', action='store_true', help='training steps of whole models instead')
+    parser.add_argument('--models', nargs='+', metavar='NAME', help='with --steps: only these (default all)')
+    parser.add_argument('--kernels', action='store_true', help='with --steps: a table of the kernels of a step, too')
     parser.add_argument('--nanogpt', metavar='PATH', help='with --steps: a checkout of nanoGPT, timed, too')
     parser.add_argument('--block_size', type=positive, help='with --steps: tokens in a text (default 1024 or 128)')
     parser.add_argument('--cudnn', action='store_true', help="with --steps: prefer cuDNN's attention (CUDA only)")
@@ -395,7 +421,7 @@ def main():
         if args.cudnn:
             steps_name += '-cudnn'
         with sdpa_kernel(CUDNN_FIRST, set_priority=True) if args.cudnn else contextlib.nullcontext():
-            steps(args, device, writer(steps_name))
+            steps(args, device, writer(steps_name), writer(f'{steps_name}-kernels'))
     elif args.convs:
         convs(args, device, writer(f'speed-convs-{device}'))
     else:

@@ -514,9 +514,6 @@ class FarNear(torch.autograd.Function):
 
         late = (slice(None), slice(None), slice(far, None))  # all but the first `far` tokens
         early = (slice(None), slice(None), slice(None, -far))
-        # The kernel takes lse for contiguous. A compiler may pad the rows of a tensor kept since the forward pass, but
-        # not of one that it makes for the kernel here, and here it is made: only the backward pass knows `mean`.
-        lse = lse + 0 * mean
         far_dq, far_dk, far_dv = flash_backward(dy[late], q[late], k[early], v[early], y[late], lse[late], rng[:2])
         dq = dq + F.pad(far_dq, (0, 0, far, 0))
         dk = dk + F.pad(far_dk, (0, 0, 0, far))
@@ -584,14 +581,30 @@ def flash_backward(dy, q, k, v, y, lse, rng, right=False):
     """
     dy, q, k, v, y = channels_last(dy, q, k, v, y)
     if q.is_cuda:
-        n = q.size(2)
         inputs = [x.transpose(1, 2) for x in (dy, q, k, v, y)]
-        gradients = torch.ops.aten._flash_attention_backward(*inputs, lse.contiguous(), None, None, n, n, 0.0,
-                                                             not right, *rng, **window(right))
-        return [x.transpose(1, 2) for x in gradients]
+        return [x.transpose(1, 2) for x in flash_backward_on_cuda(*inputs, lse, *rng, right)]
     inputs = [x.flip(2) if right else x for x in (dy, q, k, v, y, lse.contiguous())]
     gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, True)
     return [x.flip(2) if right else x for x in gradients]
+
+
+@torch.library.custom_op('composite::flash_backward_on_cuda', mutates_args=())
+def flash_backward_on_cuda(dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor,
+                           lse: torch.Tensor, seed: torch.Tensor, offset: torch.Tensor,
+                           right: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """flash_backward() in the kernel's layout (B, n, nh, hs), an operator that no compiler looks into.
+
+    The kernel reads lse as if it were contiguous. Compiled in the open, `lse.contiguous()` does not make sure of that:
+    torch 2.11 keeps it for the backward pass with padded rows, and the gradients of all texts but the first are wrong.
+    """
+    n = q.size(1)
+    return torch.ops.aten._flash_attention_backward(dy, q, k, v, y, lse.contiguous(), None, None, n, n, 0.0, not right,
+                                                    seed, offset, **window(right))
+
+
+@flash_backward_on_cuda.register_fake
+def _(dy, q, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def window(right):

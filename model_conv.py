@@ -664,7 +664,8 @@ def flash_backward_on_cuda(dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v
 
 
 @flash_backward_on_cuda.register_fake
-def _(dy, q, k, v, *_):
+def gradients_alike(dy, q, k, v, *_):
+    """What a compiler has to know of that operator: the shapes and layouts of its results."""
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 

@@ -521,7 +521,7 @@ def test_speed_steps_and_convs(monkeypatch, capsys, tmp_path, checkouts):
     alternate = speed.alternate
     monkeypatch.setattr(speed, 'alternate', lambda jobs, device, repeats: alternate(jobs, device, 1))
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    steps = ['--steps', '--block_size', '32', '--nanogpt', str(checkouts[0])]
+    steps = ['--steps', '--block_size', '32', '--nanogpt', str(checkouts[0]), '--kernels']
     for flags in (steps, ['--convs']):
         monkeypatch.setattr(sys, 'argv', ['speed.py', '--quick', *flags, '--results', str(tmp_path)])
         speed.main()
@@ -530,8 +530,16 @@ def test_speed_steps_and_convs(monkeypatch, capsys, tmp_path, checkouts):
     assert float(rows[0]['times_nope']) == 1 and rows[0]['backend'] == rows[-1]['backend'] == 'flash'
     for r in rows:
         assert float(r['tokens_per_s']) == pytest.approx(24 * 128 / float(r['ms']) * 1e3, rel=1e-3)
+    kernels = lib.read_csv(tmp_path / f'speed-steps-{device}-32-kernels.csv')
+    for r in rows:
+        ms = [float(kernel['ms']) for kernel in kernels if kernel['model'] == r['model']]
+        assert len(ms) > 5 and ms == sorted(ms, reverse=True) and ms[-1] > 0
     assert '| depthwise_conv (conv1d) |' in capsys.readouterr().out
     assert len(lib.read_csv(tmp_path / f'speed-convs-{device}.csv')) >= 3
+    monkeypatch.setattr(sys, 'argv', ['speed.py', '--quick', '--steps', '--models', 'nope', 'nanoGPT'])
+    with pytest.raises(SystemExit, match='2'):  # without --nanogpt there is no such model
+        speed.main()
+    assert "--models takes nope, composite, conv, conv, output alone, kernelized, not 'nanoGPT'" in capsys.readouterr().err
 
 
 def test_laptop(run, checkouts):

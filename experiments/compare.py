@@ -273,6 +273,9 @@ def draw(curves, title):
                   ylabel='validation loss, mean over seeds\n(nats per token)')
         if steps[-1] >= 20 * steps[1]:  # most of the learning is in the first steps
             above.set_xscale('log')
+            ticks = [steps[1] * 2 ** i for i in range(30) if steps[1] * 2 ** i <= steps[-1]]
+            above.set_xticks(ticks, ticks)
+            above.minorticks_off()
         label_ends(above, ends)
         below.set(xlabel='last validation loss, one dot per seed (nats per token)')
         below.set_yticks(range(n), schemes)

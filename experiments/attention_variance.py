@@ -162,7 +162,7 @@ def draw(rows, title):
         ax.set(xscale='log', yscale='log', xlabel='position m',
                ylabel='variance / (d^2 sigma^4)' if sweep else 'variance of o_m')
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
+        ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8)  # below the panel
     fig.suptitle(title)
     return fig
 

@@ -78,7 +78,7 @@ def measure(args, train, val, vocab_size, device):
 
 def draw(losses):
     """losses {(model, m): list of losses} -> a figure."""
-    fig, ax = pyplot().subplots(figsize=(6.5, 4.2), layout='constrained')
+    fig, ax = pyplot().subplots(figsize=(6.5, 4.5), layout='constrained')
     for i, name in enumerate(MODELS):
         mean = [statistics.mean(losses[name, m]) for m in SIZES]
         spread = [statistics.stdev(losses[name, m]) if len(losses[name, m]) > 1 else 0 for m in SIZES]
@@ -89,7 +89,7 @@ def draw(losses):
     ax.set_xticks(SIZES, SIZES)
     ax.minorticks_off()
     ax.grid(alpha=0.3)
-    ax.legend()
+    fig.legend(loc='outside lower center', ncols=4, fontsize=8)
     return fig
 
 

@@ -58,7 +58,7 @@ def print_table(found, draws):
 
 
 def draw(found):
-    fig, axes = pyplot().subplots(1, 2, figsize=(10, 4), sharey=True, layout='constrained')
+    fig, axes = pyplot().subplots(1, 2, figsize=(10, 4.6), sharey=True, layout='constrained')
     for i, R in enumerate(NORMS):
         axes[0].plot(SIZES, [found['prf', R, m] for m in SIZES], 'o-', color=f'C{i}', label=f'R = {R}')
         axes[0].plot(SIZES, PAPER[R], 'x', color=f'C{i}', label='the paper' if i == 3 else None)
@@ -71,7 +71,7 @@ def draw(found):
                ylabel='L1 distance from the softmax (largest: 2)')
         ax.set_xticks(SIZES, SIZES)
         ax.grid(alpha=0.3)
-        ax.legend()
+        ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.16), ncols=5, fontsize=8)  # below the panel
     return fig
 
 

@@ -168,11 +168,10 @@ def draw_squares(axes, layers, see):
     """The sum of the squared weights of each query, and what it is if all its keys have equal weights."""
     for ax, layer in zip(axes, layers):
         ax.plot(layer['squares'].T.numpy(), color='0.8', lw=1)
-        ax.plot(layer['squares'][layer['head']].numpy(), color='C4', marker='o', ms=3, label='this head (grey: others)')
-        ax.plot((1 / see.sum(-1)).numpy(), 'k--', lw=1, label='equal weights: 1/m')
+        ax.plot(layer['squares'][layer['head']].numpy(), color='C4', marker='o', ms=3)
+        ax.plot((1 / see.sum(-1)).numpy(), 'k--', lw=1)
         ax.set(ylim=(0, 1.04), yticks=[0, 1])
-    axes[0].set_title('sum of squares\n$\\Sigma_j\\,a_{ij}^2$ of query i', fontsize=10)
-    axes[0].legend(fontsize=6)
+    axes[0].set_title('$\\Sigma_j\\,a_{ij}^2$ of query i; grey: other\nheads; dashed: equal weights', fontsize=8)
 
 
 def draw(layers, see, tokens, multiplied, squares):

@@ -85,7 +85,7 @@ def draw(rows, rates):
         column[2].set_xlabel('step')
     for ax, label in zip(axes[:, 0], ('training loss (nats per token)', 'gradient norm', 'largest |q||k|')):
         ax.set_ylabel(label)
-    axes[0, 0].legend()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
     return fig
 
 

@@ -85,7 +85,7 @@ def table(curves):
 
 def draw(curves, title):
     """Mean loss over the steps of fine-tuning, and each seed as a thin line; dotted: the base."""
-    fig, ax = pyplot().subplots(figsize=(6.5, 4.5), layout='constrained')
+    fig, ax = pyplot().subplots(figsize=(6.5, 4.8), layout='constrained')
     color = colors(list(curves))
     for scheme, runs in curves.items():
         steps = [step for step, _ in runs[0]]
@@ -97,7 +97,7 @@ def draw(curves, title):
     ax.set(xlabel='steps of fine-tuning after the positions were taken away', title=title,
            ylabel='validation loss (nats per token)\nthin: each seed; dotted: before')
     ax.grid(alpha=0.3)
-    ax.legend()
+    fig.legend(loc='outside lower center', ncols=5, fontsize=8)
     return fig
 
 

@@ -3,6 +3,7 @@ The one table: every position scheme on one footing, put together from the resul
 
     python experiments/atlas.py --time    # measures the steps again, in turns: a few minutes on a quiet machine
     python experiments/atlas.py           # the table and the picture, from the CSV files in experiments/results
+    python experiments/atlas.py --short   # the table of README.md: nine schemes, fewer columns
 
 Reads what these commands wrote, and shows a dash where one has not been run:
 
@@ -52,6 +53,8 @@ ATLAS = {  # scheme: what it adds to the score of query i and key j; where it is
 }
 LENGTHS = 128, 1024  # of the texts whose steps are timed
 TASKS = 'copy', 'reverse', 'addition'
+MAIN = 'nope absolute rope alibi fixed dynamic composite conv-output nprf+rpe'.split()  # the schemes of --short
+SHORT = 'scheme', 'adds to the score', 'loss, causal', 'masked', '8x length', 'step, 128', 'keeps', 'paper'
 HEADER = ('scheme', 'parameters_added', 'causal', 'causal_seeds', 'causal_spread', 'masked', 'masked_seeds',
           'masked_spread', 'at_8x', *TASKS, *(f'step_{T}' for T in LENGTHS), 'kept', 'probe_before', 'probe_after')
 
@@ -140,24 +143,31 @@ def collect(folder, name):
     return rows
 
 
-def print_table(rows):
-    heads = ('scheme', 'adds to the score', 'parameters', 'loss, causal', 'masked', '8x length', 'copy, reverse, add',
-             'step, 128', '1,024', 'keeps', 'probe', 'paper')
-    print(f'\n| {" | ".join(heads)} |\n{"|---" * len(heads)}|')
-    for values in rows:
-        row = dict(zip(HEADER, values))
+def cells_of(values):
+    """{heading: cell} of a row of the CSV; a dash where nothing has been measured."""
+    row = dict(zip(HEADER, values))
 
-        def cell(key, form):
-            return '-' if row[key] is None else 'ends' if row[key] != row[key] else format(row[key], form)
-        formula, paper = ATLAS[row['scheme']]
-        cells = [row['scheme'], formula, cell('parameters_added', ',d')]
-        for objective in ('causal', 'masked'):
-            spread = row[f'{objective}_spread']
-            cells.append(cell(objective, '.3f') + (f' ({spread:.3f})' if spread is not None else ''))
-        cells += [cell('at_8x', '.3f'), ', '.join(cell(task, '.0f') for task in TASKS)]
-        cells += [cell(f'step_{T}', '.2f') for T in LENGTHS]
-        cells += [cell('kept', '.0f'), f'{cell("probe_before", ".0f")}, {cell("probe_after", ".0f")}', paper]
-        print(f'| {" | ".join(cells)} |')
+    def cell(key, form):
+        return '-' if row[key] is None else 'ends' if row[key] != row[key] else format(row[key], form)
+
+    def loss(objective):
+        spread = row[f'{objective}_spread']
+        return cell(objective, '.3f') + ('' if spread is None else f' ({spread:.3f})')
+    formula, paper = ATLAS[row['scheme']]
+    return {'scheme': row['scheme'], 'adds to the score': formula, 'parameters': cell('parameters_added', ',d'),
+            'loss, causal': loss('causal'), 'masked': loss('masked'), '8x length': cell('at_8x', '.3f'),
+            'copy, reverse, add': ', '.join(cell(task, '.0f') for task in TASKS),
+            **{f'step, {T:,}': cell(f'step_{T}', '.2f') for T in LENGTHS}, 'keeps': cell('kept', '.0f'),
+            'probe': f'{cell("probe_before", ".0f")}, {cell("probe_after", ".0f")}', 'paper': paper}
+
+
+def print_table(rows, short):
+    """short: the columns and the schemes of MAIN only."""
+    table = [cells_of(values) for values in rows if not short or values[0] in MAIN]
+    heads = SHORT if short else list(table[0])
+    print(f'\n| {" | ".join(heads)} |\n{"|---" * len(heads)}|')
+    for cells in table:
+        print(f'| {" | ".join(cells[head] for head in heads)} |')
 
 
 def draw(rows):
@@ -183,6 +193,7 @@ def arguments():
     parser.add_argument('--name', default='python-8000', help='of the comparison (default %(default)s)')
     parser.add_argument('--time', action='store_true', help='measure the time of a step of every scheme first')
     parser.add_argument('--seconds', type=float, default=60, help='of this measurement, for each length (default 60)')
+    parser.add_argument('--short', action='store_true', help='print the table of README.md')
     common_flags(parser, None, dataset=False)
     return parse(parser)
 
@@ -195,7 +206,7 @@ def main():
         write_csv(args.results, 'atlas-time', ('scheme', 'tokens', 'ms'), measure_steps(args.seconds))
     rows = collect(args.results, args.name)
     path = write_csv(args.results, 'atlas', HEADER, rows)
-    print_table(rows)
+    print_table(rows, args.short)
     save(draw(rows), path)
 
 

@@ -299,6 +299,10 @@ def test_atlas(monkeypatch, tmp_path, capsys):
     assert lines['fixed'][0] == '272', '4 layers, 4 heads, 17 offsets'
     assert lines['nprf+rpe'][7] == '0', 'the state does not grow'
     assert set(lines) - {'scheme'} == set(atlas.ATLAS)
+    python(monkeypatch, tmp_path, atlas, '--name', 'x', '--results', 'results', '--short')
+    short = [line.strip('| ').split(' | ') for line in capsys.readouterr().out.splitlines() if line.startswith('| ')]
+    assert short[0] == list(atlas.SHORT) and [line[0] for line in short[1:]] == atlas.MAIN
+    assert short[3] == ['rope', atlas.ATLAS['rope'][0], '1.500', '0.750', '9.000', '1.25', '256', 'Su et al. 2021']
     with open(results / 'atlas.csv', newline='') as f:
         rows = {row['scheme']: row for row in csv.DictReader(f)}
     assert rows['nope']['causal_seeds'] == '2' and rows['rope']['masked_seeds'] == '1'

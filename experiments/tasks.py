@@ -41,7 +41,7 @@ from common import die
 DIGITS, PLUS, EQUALS, END = 26, 36, 37, 38  # ids: 26 letters, 10 digits, and three signs
 TRAINED, ASKED = 20, 40  # lengths
 BATCH = 64  # problems in a step
-RATE = 1e-3  # learning rate
+RATE = 3e-3  # learning rate, of the tiny preset: with 1e-3 RoPE copied 20 letters in 65 % of the cases, with this in 99
 MAIN = 'nope absolute rope alibi composite conv-output nprf+rpe'.split()
 HEADER = 'task', 'scheme', 'seed', 'steps', 'length', 'right_percent'
 

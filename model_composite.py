@@ -588,7 +588,7 @@ def flash_backward(dy, q, k, v, y, lse, rng, right=False):
     return [x.flip(2) if right else x for x in gradients]
 
 
-@torch.library.custom_op('composite::flash_backward_on_cuda', mutates_args=())
+@torch.library.custom_op(f'{__name__}::flash_backward_on_cuda', mutates_args=())  # a copy of this file has its own
 def flash_backward_on_cuda(dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor,
                            lse: torch.Tensor, seed: torch.Tensor, offset: torch.Tensor,
                            right: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

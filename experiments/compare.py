@@ -335,7 +335,7 @@ def main():
     keep = not path.is_file() or fits(comment_of(path))
     curves, rows = {}, []
     for k, (objective, scheme, seed, out, words) in enumerate(runs, 1):
-        curve = old.get((objective, scheme, seed))
+        curve = old.get((objective, scheme, seed)) if scheme in SCHEMES else None  # no table says what yours was
         where = ' (from the table)' if curve else ''
         if not curve:
             if not (out / 'loss.png').exists():  # the last file that a run writes

@@ -15,7 +15,7 @@ import argparse
 import itertools
 from pathlib import Path
 
-from compare import check_run, colors, losses, read_schemes, train_run
+from compare import SCHEMES, check_run, colors, losses, read_schemes, train_run
 from lib import common_flags, from_table_flag, merge_table, parse, positive, pyplot, read_csv, save
 
 HEADER = 'steps', 'layers', 'scheme', 'val_loss'
@@ -81,7 +81,7 @@ def main():
     table = {}
     for key in runs:
         steps, layers, scheme = key
-        table[key] = old.get(tuple(map(str, key)))
+        table[key] = old.get(tuple(map(str, key))) if scheme in SCHEMES else None  # no table says what yours was
         if table[key] is None:
             out, words = place_and_words(*key, schemes[scheme], args)
             if not (out / 'loss.png').exists():  # the last file that a run writes

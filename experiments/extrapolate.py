@@ -87,8 +87,10 @@ def draw(table):
     ends = []
     for scheme, mean in table.items():
         ax.plot(TIMES, mean, 'o-', ms=4, color=color[scheme])
-        last = max(n for n, loss in enumerate(mean) if not math.isnan(loss))
-        ends.append((mean[last], TIMES[last], scheme, color[scheme]))
+        if math.isnan(mean[-1]):
+            ax.annotate(scheme, (1, mean[0]), (4, 8), textcoords='offset points', fontsize=8, color=color[scheme])
+        else:
+            ends.append((mean[-1], TIMES[-1], scheme, color[scheme]))
     ax.axvline(1, color='gray', ls=':', lw=1)
     ax.set(xscale='log', xlabel='length of the text, in lengths of training',
            ylabel='loss on the same last block_size tokens (nats per token)')

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from compare import colors, in_order, read_schemes
+from compare import SCHEMES, colors, in_order, read_schemes
 from curves import label_ends
 from lib import common_flags, descend, from_table_flag, merge_table, parse, positive, pyplot, read_csv, save
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -193,7 +193,8 @@ def main():
         build(flags, args.quick)  # what does not fit is refused before anything is trained
     rows = []
     for task, (scheme, flags), seed in itertools.product(args.tasks, args.schemes.items(), range(1, args.seeds + 1)):
-        found = old.get((task, scheme, seed, args.steps)) or train_and_ask(task, scheme, flags, seed, args)
+        found = old.get((task, scheme, seed, args.steps)) if scheme in SCHEMES else None  # no table says what yours was
+        found = found or train_and_ask(task, scheme, flags, seed, args)
         merge_table(path, HEADER, found, 4)
         rows += found
     table = means(rows)

@@ -97,6 +97,14 @@ def test_a_table_of_other_settings_is_not_taken(changed, fake_runs, monkeypatch,
     assert [row[4] for row in after] == ['5.5', '2.25', '5.5', '3.25']
 
 
+def test_a_table_does_not_know_a_scheme_of_yours(fake_runs, monkeypatch, tmp_path):
+    """Two schemes of one name may be different: the table does not say."""
+    python(monkeypatch, tmp_path, compare, *COMMON, '--schemes', 'mine: --model nope', *SETTINGS)
+    os.rename(tmp_path / 'out', tmp_path / 'lost')
+    python(monkeypatch, tmp_path, compare, *COMMON, '--from_table', '--schemes', 'mine: --model rope', *SETTINGS)
+    assert fake_runs == ['x-causal-mine-1'] * 2
+
+
 def test_a_table_without_its_command_is_not_taken(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, 'argv', ['compare.py', *map(str, COMMON)])
     fits = compare.same_settings(compare.arguments())
@@ -208,6 +216,40 @@ def test_a_model_learns_to_copy(monkeypatch, tmp_path):
     assert len(rows) == 1 and rows[0][:5] == ('copy', 'rope', 1, 300, 2) and rows[0][5] > 50
 
 
+def test_what_tasks_train_and_ask(monkeypatch):
+    """Up to the longest length of training, and no longer; fresh problems are asked; seeds are seeds."""
+    drawn = []
+
+    def watch(task, generator, B, n):
+        found = texts(task, generator, B, n)
+        drawn.append((B, n, found[0]))
+        return found
+    texts = tasks.texts
+    monkeypatch.setattr(tasks, 'texts', watch)
+    monkeypatch.setattr(sys, 'argv', ['tasks.py', '--quick', '--steps', '60'])
+    for seed in (1, 2):
+        tasks.train_and_ask('copy', 'nope', compare.SCHEMES['nope'], seed, tasks.arguments())
+    runs = drawn[:len(drawn) // 2], drawn[len(drawn) // 2:]
+    for run in runs:
+        trained = [n for B, n, _ in run if B == tasks.BATCH]
+        assert len(trained) == 60 and min(trained) == 1 and max(trained) == 20
+        assert [n for B, n, _ in run if B != tasks.BATCH] == list(range(2, 41, 2))
+        seen = {tuple(text) for B, n, x in run if B == tasks.BATCH and n > 9 for text in x.tolist()}
+        assert not any(tuple(text) in seen for B, n, x in run if B != tasks.BATCH and n > 9 for text in x.tolist())
+    assert [n for _, n, _ in runs[0][:60]] != [n for _, n, _ in runs[1][:60]]
+
+
+def test_tasks_refuse_the_table_for_a_scheme_of_yours(monkeypatch, tmp_path):
+    """Two schemes of one name may be different: the table does not say."""
+    trained = []
+    monkeypatch.setattr(tasks, 'train_and_ask', lambda task, scheme, flags, seed, args: trained.append(flags[-1]) or [
+        (task, scheme, seed, args.steps, n, 50.0) for n in range(2, 41, 2)])
+    for mine in ('nope', 'rope'):
+        python(monkeypatch, tmp_path, tasks, '--quick', '--results', 'results', '--tasks', 'copy', '--seeds', 1,
+               '--from_table', '--schemes', f'mine: --model {mine}')
+    assert trained == ['nope', 'rope']
+
+
 def test_few_steps(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, 'argv', ['tasks.py', '--quick', '--steps', '1'])
     assert len(tasks.train_and_ask('copy', 'rope', compare.SCHEMES['rope'], 1, tasks.arguments())) == 20
@@ -259,6 +301,24 @@ def test_equal_time(run, data_dir):
     assert lib.read_csv(run.folder / 'results/equal_time-code-quick.csv') == rows
     assert (run.folder / 'results/equal_time-code-quick.png').read_bytes()[:4] == b'\x89PNG'
     run(*words, '--minutes', 'inf', code=2)
+
+
+def test_equal_time_trains_the_steps_that_fit(monkeypatch, tmp_path):
+    """30 ms a step, 0.03 minutes: 60 steps."""
+    asked = []
+
+    def train_run(words, place):
+        said = dict(zip(words, words[1:]))  # the last of two equal flags counts
+        out = tmp_path / said['--out_dir']
+        out.mkdir(parents=True)
+        steps = int(said['--max_iters'])
+        asked.append(steps)
+        (out / 'log.csv').write_text('step,val_loss,ms\n' + ''.join(f'{n},{9 - n / 99},30\n' for n in range(steps + 1)))
+    monkeypatch.setattr(equal_time, 'train_run', train_run)
+    monkeypatch.setattr(equal_time, 'check_run', lambda *_: None)
+    python(monkeypatch, tmp_path, equal_time, '--quick', '--minutes', 0.03, '--lengths', 64, '--schemes', 'nope',
+           '--results', 'results')
+    assert asked == [6, 60]
 
 
 def test_the_steps_that_fit():
@@ -318,8 +378,13 @@ def test_atlas_reads_a_table_of_both_objectives(monkeypatch, tmp_path):
 def test_atlas_measures_steps(monkeypatch, tmp_path):
     monkeypatch.setattr(atlas, 'ATLAS', {scheme: atlas.ATLAS[scheme] for scheme in ('nope', 'fixed')})
     monkeypatch.setattr(atlas, 'LENGTHS', (32,))
+    shapes = []
+    step = atlas.training_step
+    monkeypatch.setattr(atlas, 'training_step', lambda model, idx, *args, **how: (
+        shapes.append((*idx.shape, model.config.block_size)), step(model, idx, *args, **how))[1])
     found = atlas.measure_steps(0)
     assert [row[:2] for row in found] == [('nope', 32), ('fixed', 32)] and all(row[2] > 0 for row in found)
+    assert shapes == [(96, 32, 32)] * 2, '3,072 bytes in a step'
 
 
 def test_atlas_says_what_is_missing(monkeypatch, tmp_path, capsys):

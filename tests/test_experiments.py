@@ -29,6 +29,7 @@ import convert  # noqa: E402
 import extrapolate  # noqa: E402
 import laptop  # noqa: E402
 import lib  # noqa: E402
+import near_copies  # noqa: E402
 import speed  # noqa: E402
 import stability  # noqa: E402
 
@@ -406,6 +407,24 @@ def test_extrapolate(more_runs, data_dir):
     assert [line.split()[1] for line in table.splitlines() if line.startswith('| ')] == ['nope', 'absolute', 'mine']
     more_runs('experiments/extrapolate.py', 'out/m', '--data_dir', data_dir, code=2)
     assert 'extrapolate.py: out/m is a masked model' in more_runs.err
+
+
+def test_near_copies(monkeypatch, tmp_path, capsys, data_dir):
+    """A row is a copy if half of it is in the other text, word for word; the loss of all rows is that of train.py."""
+    ids = np.random.default_rng(1).integers(256, size=1000).astype(np.uint16)
+    val = np.concatenate((ids[100:229], ids[500:597], ids[:32], ids[400:490], ids[:39]))
+    assert near_copies.copied(ids, val, [0, 129, 258], 128).tolist() == [True, True, False]
+    run = Run(tmp_path)
+    for objective in ('causal', 'masked'):
+        run('experiments/compare.py', '--schemes', 'fixed', '--objectives', objective, '--seeds', 1, '--name', 'tiny',
+            '--dataset', 'code', '--results', 'results', '--train', '--data_dir', data_dir, '--n_layer', 1,
+            '--n_embd', 32, '--n_head', 2, '--max_iters', 3, '--dtype', 'float32', '--eval_tokens', 2048)
+        run('experiments/near_copies.py', '--name', 'tiny', '--objective', objective, '--results', 'results',
+            '--data_dir', data_dir)
+        [row] = lib.read_csv(tmp_path / f'results/near_copies-tiny-{objective}.csv')
+        last = lib.read_csv(tmp_path / f'results/compare-tiny-{objective}.csv')[-1]
+        assert row['run'] == 'fixed-1' and row['rows'] == '16'
+        assert float(row['loss']) == pytest.approx(float(last['val_loss']), abs=1e-4)
 
 
 def test_what_extrapolate_scores():

@@ -157,7 +157,7 @@ def cells_of(values):
     return {'scheme': row['scheme'], 'adds to the score': formula, 'parameters': cell('parameters_added', ',d'),
             'loss, causal': loss('causal'), 'masked': loss('masked'), '8x length': cell('at_8x', '.3f'),
             'copy, reverse, add': ', '.join(cell(task, '.0f') for task in TASKS),
-            **{f'step, {T:,}': cell(f'step_{T}', '.2f') for T in LENGTHS}, 'keeps': cell('kept', '.0f'),
+            **{f'step, {T:,}': cell(f'step_{T}', '.1f') for T in LENGTHS}, 'keeps': cell('kept', '.0f'),
             'probe': f'{cell("probe_before", ".0f")}, {cell("probe_after", ".0f")}', 'paper': paper}
 
 

@@ -78,10 +78,10 @@ def main():
         losses, starts = row_losses(model, checkpoint, val)
         if copies is None:  # runs of one name have one text
             copies = copied(ids, val, starts, model.config.block_size)
-        of = [losses[rows].mean() if rows.any() else math.nan for rows in (copies, ~copies)]
-        numbers = 100 * copies.mean(), losses.mean(), *of
-        print(f'| {name} | {len(losses)} | {" | ".join(f"{x:.4f}" for x in numbers)} |', flush=True)
-        merge_table(path, HEADER, [(name, len(losses), *map(float, numbers))], 1)
+        share = 100 * copies.mean()
+        means = [losses[rows].mean() if rows.any() else math.nan for rows in (copies | ~copies, copies, ~copies)]
+        print(f'| {name} | {len(losses)} | {share:.1f} | {" | ".join(f"{x:.4f}" for x in means)} |', flush=True)
+        merge_table(path, HEADER, [(name, len(losses), *map(float, (share, *means)))], 1)
 
 
 if __name__ == '__main__':

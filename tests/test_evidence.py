@@ -344,7 +344,7 @@ def test_atlas(monkeypatch, tmp_path, capsys):
     table(results / 'tasks.csv', tasks.HEADER, [
         ('copy', 'rope', seed, steps, n, right) for seed, steps, n, right in
         ((1, 9, 20, 99.0), (1, 9, 40, 10.0), (2, 9, 40, 20.0), (1, 3, 40, 50.0))])
-    table(results / 'atlas-time.csv', ('scheme', 'tokens', 'ms'), [('nope', 128, 8.0), ('rope', 128, 10.0)])
+    table(results / 'atlas-time.csv', ('scheme', 'tokens', 'ms'), [('nope', 128, 8.0), ('rope', 128, 10.4)])
     table(results / 'probe_position-x.csv', ('model', 'tokens', 'layer', 'tap', 'probe', 'error', 'always the middle'),
           [(what, 'text', layer, 'after MLP', probe, error, 32) for what, layer, probe, error in (
               ('trained: rope-1', 4, 'MLP', 7.0), ('trained: rope-1', 3, 'MLP', 8.0),
@@ -353,8 +353,8 @@ def test_atlas(monkeypatch, tmp_path, capsys):
     python(monkeypatch, tmp_path, atlas, '--name', 'x', '--results', 'results')
     lines = {line.split(' | ')[0][2:]: line.split(' | ')[2:-1] for line in capsys.readouterr().out.splitlines()
              if line.startswith('| ')}
-    assert lines['nope'] == ['0', '2.250 (0.354)', '-', '-', '-, -, -', '1.00', '-', '256', '-, -']
-    assert lines['rope'] == ['0', '1.500', '0.750', '9.000', '15, -, -', '1.25', '-', '256', '17, 7']
+    assert lines['nope'] == ['0', '2.250 (0.354)', '-', '-', '-, -, -', '1.0', '-', '256', '-, -']
+    assert lines['rope'] == ['0', '1.500', '0.750', '9.000', '15, -, -', '1.3', '-', '256', '17, 7']
     assert lines['absolute'][:5] == ['16,384', '-', '-', 'ends', '-, -, -']  # 128 positions of 128 channels
     assert lines['fixed'][0] == '272', '4 layers, 4 heads, 17 offsets'
     assert lines['nprf+rpe'][7] == '0', 'the state does not grow'
@@ -362,7 +362,7 @@ def test_atlas(monkeypatch, tmp_path, capsys):
     python(monkeypatch, tmp_path, atlas, '--name', 'x', '--results', 'results', '--short')
     short = [line.strip('| ').split(' | ') for line in capsys.readouterr().out.splitlines() if line.startswith('| ')]
     assert short[0] == list(atlas.SHORT) and [line[0] for line in short[1:]] == atlas.MAIN
-    assert short[3] == ['rope', atlas.ATLAS['rope'][0], '1.500', '0.750', '9.000', '1.25', '256', 'Su et al. 2021']
+    assert short[3] == ['rope', atlas.ATLAS['rope'][0], '1.500', '0.750', '9.000', '1.3', '256', 'Su et al. 2021']
     with open(results / 'atlas.csv', newline='') as f:
         rows = {row['scheme']: row for row in csv.DictReader(f)}
     assert rows['nope']['causal_seeds'] == '2' and rows['rope']['masked_seeds'] == '1'

@@ -83,7 +83,7 @@ def from_datasets(where, split, rows_are_documents, **arguments):
     except Exception as e:  # no network, no such file, a damaged one: errors of many libraries become one line
         reason = ' '.join(str(e).split())[:300]
         die(f'`datasets` cannot read {origin}: {type(e).__name__}: {reason}. '
-            'Without a network, use --path with a local copy')
+            'Without a network, give prepare_data.py a local copy with --path')
 
 
 def from_address(url):
@@ -92,7 +92,7 @@ def from_address(url):
         with urllib.request.urlopen(url, timeout=60) as f:
             yield f.read().decode('utf-8'), True
     except (OSError, ValueError) as e:
-        die(f'{url} cannot be read: {e}. Without a network, use --path with a local copy')
+        die(f'{url} cannot be read: {e}. Without a network, give prepare_data.py a local copy with --path')
 
 
 def from_file(path, errors):

@@ -5,10 +5,12 @@
 #     bash experiments/on_gpu.sh check steps speed
 #
 #     part       minutes  what                                                            needs
+#     mend             4  what was wrong in the first run and is mended since: composite and conv, compiled
 #     proofs           4  chapter 8 of test_equivalence.py on the GPU, the others on the CPU
 #     trainings        4  every model trains, resumes, samples; torchrun; GPT-2's size
 #     check            8  proofs, then trainings
-#     steps            8  training steps at GPT-2 124M size, also of 8,192 tokens and by cuDNN; depthwise convolutions
+#     steps            5  training steps at GPT-2 124M size, and the kernels that take their time
+#     more-steps       6  the same with texts of 8,192 tokens and by cuDNN; depthwise convolutions
 #     speed            4  every form of attention, 512 to 65,536 tokens: time and memory
 #     variance         1  variance of attention at the paper's size
 #     probes           5  probes of the position at the paper's size
@@ -17,11 +19,12 @@
 #     evidence        24  variance, probes, curves, glue
 #
 # Where a command may take ten minutes and only what it leaves in a folder comes back, end it before and pack the
-# results. Seven commands, each under ten minutes, in this order:
+# results. Eight commands, each under ten minutes, in this order; the first is what fifteen minutes of a GPU are for:
 #
 #     export TMPDIR=/dev/shm CORPORA=corpora RESULTS=out/gpu
+#     timeout 560 bash experiments/on_gpu.sh mend steps;                               tar czf FOLDER/0.tgz out/gpu
 #     timeout 560 bash experiments/on_gpu.sh check;                                    tar czf FOLDER/1.tgz out/gpu
-#     timeout 560 bash experiments/on_gpu.sh steps;                                    tar czf FOLDER/2.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh more-steps;                               tar czf FOLDER/2.tgz out/gpu
 #     timeout 560 bash experiments/on_gpu.sh speed variance;                           tar czf FOLDER/3.tgz out/gpu
 #     SCHEMES='nope absolute composite' timeout 560 bash experiments/on_gpu.sh curves; tar czf FOLDER/4.tgz out/gpu
 #     SCHEMES='rope alibi conv nprf+rpe' timeout 560 bash experiments/on_gpu.sh curves; tar czf FOLDER/5.tgz out/gpu
@@ -47,6 +50,8 @@ export TIKTOKEN_CACHE_DIR=${TIKTOKEN_CACHE_DIR:-$corpora/tiktoken_cache}
 models='nope composite conv kernelized rope alibi tisa cape'
 tiny=(--max_iters 4 --n_layer 2 --n_embd 32 --n_head 2 --block_size 64 --batch_size 8 --micro_batch_size 4
     --eval_tokens 2048 --warmup_iters 1 --log_interval 2)  # if quick
+small=(--preset small --n_layer 2 --max_iters 200 --warmup_iters 20)
+rehearse=${quick:+--rehearse}
 failed=()
 
 run() {
@@ -88,8 +93,19 @@ proofs() {
         *) run python3 test_equivalence.py --chapter 8 $rehearse "$1" ;;
         esac
     }
-    local rehearse=${quick:+--rehearse}
     at_once composite conv kernelized nope baselines cpu
+}
+
+mend() {
+    job() {
+        case $1 in
+        proof-*) run python3 test_equivalence.py --chapter 8 $rehearse "${1#proof-}" ;;
+        masked-*) train --model "${1#masked-}" "${small[@]}" --objective masked --out_dir "$scratch/$1" ;;
+        *) train --model "$1" "${small[@]}" --out_dir "$scratch/$1" ;;
+        esac
+    }
+    run python3 prepare_data.py --dataset python
+    at_once proof-composite proof-conv composite masked-conv
 }
 
 # train.py; the last line is the peak memory of the GPU
@@ -99,7 +115,7 @@ train() {
 }
 
 trainings() {
-    local small=(--preset small --n_layer 2 --max_iters 200 --warmup_iters 20) longer=220
+    local longer=220
     [ -z "$quick" ] || longer=6
     job() {
         local out=$scratch/$1
@@ -170,9 +186,15 @@ glue() {
     at_once ${SCHEMES:-composite absolute fixed dynamic nope}
 }
 
+other=(${NANOGPT:+--nanogpt "$NANOGPT"})
+
 steps() {
-    local other=(${NANOGPT:+--nanogpt "$NANOGPT"})
-    experiment speed --steps ${other[@]+"${other[@]}"}
+    job() { run python3 experiments/speed.py --steps --models "$1" --results "$scratch"; }
+    [ -n "$quick" ] || at_once composite conv kernelized  # compiled at the same time, and then in the cache
+    experiment speed --steps ${other[@]+"${other[@]}"} --kernels
+}
+
+more_steps() {
     experiment speed --convs
     [ -z "$quick" ] || return
     experiment speed --steps ${other[@]+"${other[@]}"} --cudnn
@@ -181,11 +203,11 @@ steps() {
 
 one_part() {
     case $part in
-    steps) steps ;;
+    more-steps) more_steps ;;
     speed) experiment speed ;;
     variance) experiment attention_variance ;;
     probes) experiment probe_position ;;
-    proofs | trainings | curves | glue) $part ;;
+    mend | proofs | trainings | steps | curves | glue) $part ;;
     esac
     rm -rf "$scratch"
     tell_failed
@@ -194,12 +216,12 @@ one_part() {
 parts=()
 for part in "${@:-}"; do
     case $part in
-    proofs | trainings | steps | speed | variance | probes | curves | glue) parts+=("$part") ;;
+    mend | proofs | trainings | steps | more-steps | speed | variance | probes | curves | glue) parts+=("$part") ;;
     check) parts+=(proofs trainings) ;;
     evidence) parts+=(variance probes curves glue) ;;
     *)
-        echo "on_gpu.sh: any of check (proofs, trainings), steps, speed, evidence (variance, probes, curves, glue)," \
-            "not '$part'" >&2
+        echo "on_gpu.sh: any of mend, check (proofs, trainings), steps, more-steps, speed, evidence (variance," \
+            "probes, curves, glue), not '$part'" >&2
         exit 2 ;;
     esac
 done

@@ -623,6 +623,9 @@ def test_on_gpu(tmp_path):
     code, out = parts('glue', SCHEMES='nope fixed', RESULTS='here')
     assert out.count('--preset bert_small') == 4 and 'train.main' in out and out.count('ran experiments/finetune') == 12
     assert '--results here/glue-fixed' in out
+    code, out = parts('mend', 'steps', NANOGPT='there')
+    assert out.count('ran test_equivalence.py --chapter 8') == 2 and out.count('ran -c import torch, train') == 2
+    assert out.index('--steps --models conv --results /') < out.index('--steps --nanogpt there --kernels --results')
     assert parts('speed')[1].count('ran experiments/speed.py --results experiments/results') == 1
     assert parts('curves', 'nothing')[0] == parts()[0] == 2
 

@@ -79,7 +79,8 @@ def main():
         if copies is None:  # runs of one name have one text
             copies = copied(ids, val, starts, model.config.block_size)
         share = 100 * copies.mean()
-        means = [losses[rows].mean() if rows.any() else math.nan for rows in (copies | ~copies, copies, ~copies)]
+        everywhere = np.ones_like(copies)
+        means = [losses[rows].mean() if rows.any() else math.nan for rows in (everywhere, copies, ~copies)]
         print(f'| {name} | {len(losses)} | {share:.1f} | {" | ".join(f"{x:.4f}" for x in means)} |', flush=True)
         merge_table(path, HEADER, [(name, len(losses), *map(float, (share, *means)))], 1)
 

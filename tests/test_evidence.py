@@ -276,6 +276,16 @@ def test_depth(run, data_dir):
     assert not (run.folder / 'elsewhere').exists() and len(run.err.splitlines()) == 1
 
 
+def test_depth_refuses_the_table_for_a_scheme_of_yours(fake_runs, monkeypatch, tmp_path):
+    """Two schemes of one name may be different: the table does not say."""
+    monkeypatch.setattr(depth, 'train_run', compare.train_run)
+    words = ['--quick', '--layers', 1, '--steps', 2, '--results', 'results', '--from_table', '--schemes']
+    for mine in ('nope', 'rope'):
+        python(monkeypatch, tmp_path, depth, *words, 'alibi', f'mine: --model {mine}')
+        os.rename(tmp_path / 'out', tmp_path / f'lost-{mine}')
+    assert [name.split('-')[-2] for name in fake_runs] == ['alibi', 'mine', 'mine']
+
+
 def test_the_gap_is_that_to_the_best_other_scheme():
     losses = {(9, layers, scheme): loss for layers in (1, 2)
               for scheme, loss in dict(nope=3.0, rope=2.0 + layers / 4, composite=2.0).items()}

@@ -425,6 +425,20 @@ def test_near_copies(monkeypatch, tmp_path, capsys, data_dir):
         last = lib.read_csv(tmp_path / f'results/compare-tiny-{objective}.csv')[-1]
         assert row['run'] == 'fixed-1' and row['rows'] == '16'
         assert float(row['loss']) == pytest.approx(float(last['val_loss']), abs=1e-4)
+    model, checkpoint = near_copies.load_run(tmp_path / 'out/compare/tiny-causal-fixed-1', 'last')
+    _, val, _ = lib.text('code', data_dir)
+    losses, starts = near_copies.row_losses(model, checkpoint, val)
+    for k in (1, 7, 15):  # each loss is that of the row that starts there
+        x, y = lib.rows(val, [starts[k]], 128)
+        assert losses[k] == pytest.approx(model(x, y)[1].item(), abs=1e-5)
+
+
+def test_extrapolate_names_a_curve_where_it_ends():
+    """No line leads from a scheme that ends at 1x to the right: it would look like a measurement."""
+    [ax] = extrapolate.draw({'absolute': [2.0, *[math.nan] * 3], 'nope': [1.0, 2.0, 3.0, 4.0]}).axes
+    names = {text.get_text(): text for text in ax.texts}
+    assert names['absolute'].xy == (1, 2.0) and names['absolute'].arrow_patch is None
+    assert names['nope'].xy == (8, 4.0) and names['nope'].arrow_patch is not None
 
 
 def test_what_extrapolate_scores():

@@ -15,11 +15,13 @@ Runs stay in out/compare/ and are not trained twice: an interrupted comparison g
 --name have the same settings; other settings need another name.
 Writes experiments/results/compare-<name>[-<objective, if only one>].csv, again after each run, and .png. The first line
 of the CSV is the last command. Rows of other runs with the same settings stay in it, so that two commands can fill one
-table side by side; --from_table takes losses from there. A table of other settings is replaced at the end.
+table side by side; --from_table takes losses from there, further seeds too. A table of other settings is replaced at
+the end.
 """
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -192,13 +194,17 @@ def same_settings(args):
 
 
 def recorded(path, fits):
-    """{(objective, scheme, seed): [(step, loss)]} of a table whose first line fits."""
+    """{(objective, scheme): {seed: [(step, loss)]}} of a table whose first line fits.
+
+    Without schemes of one's own: no table says what they were.
+    """
     if not path.is_file() or not fits(comment_of(path)):
         return {}
     found = {}
     for row in read_csv(path):
-        key = row['objective'], row['scheme'], int(row['seed'])
-        found.setdefault(key, []).append((int(row['step']), float(row['val_loss'])))
+        if row['scheme'] in SCHEMES:
+            seeds = found.setdefault((row['objective'], row['scheme']), {})
+            seeds.setdefault(int(row['seed']), []).append((int(row['step']), float(row['val_loss'])))
     return found
 
 
@@ -214,17 +220,15 @@ def p_value(differences):
 
 
 def print_losses(curves):
-    seeds = len(next(iter(curves.values())))
-    print(f'\n| objective | scheme | validation loss, nats per token | standard deviation over {seeds} seeds |')
-    print('|---|---|---|---|')
+    print('\n| objective | scheme | validation loss, nats per token | seeds | standard deviation |\n|---|---|---|---|---|')
     for (objective, scheme), runs in curves.items():
         final = [run[-1][1] for run in runs]
         spread = f'{statistics.stdev(final):.4f}' if len(final) > 1 else '-'
-        print(f'| {objective} | {scheme} | {statistics.mean(final):.4f} | {spread} |')
+        print(f'| {objective} | {scheme} | {statistics.mean(final):.4f} | {len(final)} | {spread} |')
 
 
 def print_differences(curves, against):
-    """What each scheme loses more than the scheme `against`, paired by seed, with p."""
+    """What each scheme loses more than the scheme `against`, paired by seed, with p; of the seeds that both have."""
     print(f'\n| objective | scheme | more than {against} | by seed | p |\n|---|---|---|---|---|')
     for (objective, scheme), runs in curves.items():
         if scheme == against:
@@ -232,7 +236,8 @@ def print_differences(curves, against):
         differences = [run[-1][1] - base[-1][1] for run, base in zip(runs, curves[objective, against])]
         mean = statistics.mean(differences)
         by_seed = ', '.join(f'{x:+.4f}' for x in differences)
-        print(f'| {objective} | {scheme} | {mean:+.4f} | {by_seed} | {p_value(differences):.3f} |')
+        p = f'{p_value(differences):.3f}' if len(differences) > 1 else '-'
+        print(f'| {objective} | {scheme} | {mean:+.4f} | {by_seed} | {p} |')
 
 
 def print_levels(curves, levels):
@@ -292,7 +297,7 @@ def arguments(words=None):
                         help=f"any of {', '.join(SCHEMES)} (default: all), or your own, 'name: flags of train.py'")
     parser.add_argument('--objectives', nargs='+', choices=('causal', 'masked'), default=['causal', 'masked'],
                         help='default: both')
-    parser.add_argument('--seeds', type=positive, default=3, help='seeds 1, 2, ... (default 3)')
+    parser.add_argument('--seeds', type=positive, default=3, help='seeds 1, 2, ... (default 3); with --from_table also the next ones that the table has')
     parser.add_argument('--against', metavar='SCHEME',
                         help='also print how much more each scheme loses than this one, paired by seed, with p')
     from_table_flag(parser)
@@ -319,23 +324,25 @@ def arguments(words=None):
 def main():
     command = shlex.join(['python', 'experiments/compare.py', *sys.argv[1:]])
     args = arguments()
-    runs = []  # (objective, scheme, seed, folder, flags of train.py)
-    for objective in args.objectives:
-        for scheme, flags in args.schemes.items():
-            for seed in range(1, 1 + args.seeds):
-                out = Path('out', 'compare', f'{args.name}-{objective}-{scheme}-{seed}')
-                words = ['--objective', objective, '--dataset', args.dataset, '--seed', str(seed),
-                         '--out_dir', str(out), *args.train, *flags]
-                check_run(out, words)
-                runs.append((objective, scheme, seed, out, words))
     name = '-'.join(['compare', args.name, *(args.objectives if len(args.objectives) == 1 else [])])
     path = Path(args.results, f'{name}.csv')
     fits = same_settings(args)
-    old = recorded(path, fits) if args.from_table else {}
     keep = not path.is_file() or fits(comment_of(path))
+    old = recorded(path, fits) if args.from_table else {}
+    runs = []  # (objective, scheme, seed, folder, flags of train.py)
+    for objective, (scheme, flags) in itertools.product(args.objectives, args.schemes.items()):
+        seeds = args.seeds
+        while seeds + 1 in old.get((objective, scheme), ()):
+            seeds += 1
+        for seed in range(1, 1 + seeds):
+            out = Path('out', 'compare', f'{args.name}-{objective}-{scheme}-{seed}')
+            words = ['--objective', objective, '--dataset', args.dataset, '--seed', str(seed),
+                     '--out_dir', str(out), *args.train, *flags]
+            check_run(out, words)
+            runs.append((objective, scheme, seed, out, words))
     curves, rows = {}, []
     for k, (objective, scheme, seed, out, words) in enumerate(runs, 1):
-        curve = old.get((objective, scheme, seed)) if scheme in SCHEMES else None  # no table says what yours was
+        curve = old.get((objective, scheme), {}).get(seed)
         where = ' (from the table)' if curve else ''
         if not curve:
             if not (out / 'loss.png').exists():  # the last file that a run writes

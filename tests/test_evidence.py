@@ -105,6 +105,23 @@ def test_a_table_does_not_know_a_scheme_of_yours(fake_runs, monkeypatch, tmp_pat
     assert fake_runs == ['x-causal-mine-1'] * 2
 
 
+def test_further_seeds_of_a_table(fake_runs, monkeypatch, tmp_path, capsys):
+    """--from_table shows all seeds of a table up to the first that is not there, each scheme with its own number."""
+    python(monkeypatch, tmp_path, compare, *COMMON, '--seeds', 2, '--schemes', 'nope', 'own: --model nope', *SETTINGS)
+    python(monkeypatch, tmp_path, compare, *COMMON, '--schemes', 'rope', *SETTINGS)
+    table = tmp_path / 'results/compare-x-causal.csv'
+    table.write_text(table.read_text() + 'causal,nope,4,0,5.5\ncausal,nope,4,2,9\n')
+    capsys.readouterr()
+    python(monkeypatch, tmp_path, compare, *COMMON, '--from_table', '--schemes', 'nope', 'rope', 'own: --model nope',
+           *SETTINGS)
+    out = capsys.readouterr().out
+    assert '| causal | nope | 1.7500 | 2 | 0.7071 |\n| causal | rope | 5.2500 | 1 | - |\n' in out
+    assert '| causal | own | 3.2500 | 1 | - |' in out, 'which scheme of this name the second seed was, no table says'
+    assert fake_runs[5:] == []
+    python(monkeypatch, tmp_path, compare, *COMMON, '--schemes', 'nope', *SETTINGS)
+    assert '| causal | nope | 1.2500 | 1 | - |' in capsys.readouterr().out, 'only if one asks for it'
+
+
 def test_a_table_without_its_command_is_not_taken(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, 'argv', ['compare.py', *map(str, COMMON)])
     fits = compare.same_settings(compare.arguments())

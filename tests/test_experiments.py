@@ -225,10 +225,10 @@ def test_printed_losses(capsys):
     """The mean of the last losses and their standard deviation, dividing by n - 1."""
     compare.print_losses(CURVES)
     assert capsys.readouterr().out.splitlines()[3:] == [
-        '| causal | nope | 3.1000 | 0.1414 |', '| causal | mine | 2.7500 | 0.2121 |',
-        '| masked | nope | 4.0500 | 0.0707 |', '| masked | mine | 4.2500 | 0.0707 |']
+        '| causal | nope | 3.1000 | 2 | 0.1414 |', '| causal | mine | 2.7500 | 2 | 0.2121 |',
+        '| masked | nope | 4.0500 | 2 | 0.0707 |', '| masked | mine | 4.2500 | 2 | 0.0707 |']
     compare.print_losses({('causal', 'nope'): CURVES['causal', 'nope'][:1]})
-    assert capsys.readouterr().out.splitlines()[3:] == ['| causal | nope | 3.0000 | - |'], 'one seed has no deviation'
+    assert capsys.readouterr().out.splitlines()[3:] == ['| causal | nope | 3.0000 | 1 | - |'], 'one seed has no deviation'
 
 
 def test_printed_differences(capsys):
@@ -239,6 +239,8 @@ def test_printed_differences(capsys):
     assert lines[1] == '| objective | scheme | more than nope | by seed | p |'
     assert lines[3:] == [f'| causal | mine | -0.3500 | -0.1000, -0.6000 | {p[0]:.3f} |',
                          f'| masked | mine | +0.2000 | +0.3000, +0.1000 | {p[1]:.3f} |']
+    compare.print_differences({**CURVES, ('causal', 'mine'): CURVES['causal', 'mine'][:1]}, 'nope')
+    assert '| causal | mine | -0.1000 | -0.1000 | - |' in capsys.readouterr().out, 'of one pair there is no p'
 
 
 def test_printed_levels(capsys):

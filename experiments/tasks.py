@@ -136,12 +136,12 @@ def read_table(path):
     return found
 
 
-def means(rows):
-    """{(task, scheme): {length: right, in percent, mean over the seeds}}."""
+def by_length(rows):
+    """{(task, scheme): {length: [right answers of each seed, in percent]}}."""
     found = {}
     for task, scheme, _, _, n, right in rows:
         found.setdefault((task, scheme), {}).setdefault(n, []).append(right)
-    return {key: {n: statistics.mean(right) for n, right in line.items()} for key, line in found.items()}
+    return found
 
 
 def print_table(table):
@@ -150,19 +150,25 @@ def print_table(table):
     print('\n| task | scheme | ' + ' | '.join(f'{n} symbols' for n in asked) + ' |\n' + '|---' * (2 + len(asked)) + '|')
     for task in tasks:
         for scheme in in_order([s for t, s in table if t == task]):
-            print(f'| {task} | {scheme} | ' + ' | '.join(f'{table[task, scheme][n]:.0f}' for n in asked) + ' |')
+            cells = [' / '.join(f'{right:.0f}' for right in table[task, scheme][n]) for n in asked]
+            print(f'| {task} | {scheme} | {" | ".join(cells)} |')
 
 
 def draw(table):
+    """A line for the mean over the seeds, a dot for each seed."""
     tasks = list(dict.fromkeys(task for task, _ in table))
     color = colors(in_order(list(dict.fromkeys(scheme for _, scheme in table))))
     fig, axes = pyplot().subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False, layout='constrained')
     for ax, task in zip(axes[0], tasks):
         ends = []
         for scheme in color:
-            line = table.get((task, scheme), {})
-            ax.plot(line.keys(), line.values(), '.-', color=color[scheme])
-            ends += [(line[ASKED], ASKED, scheme, color[scheme])] if line else []
+            if (task, scheme) not in table:
+                continue
+            line = table[task, scheme]
+            means = [statistics.mean(right) for right in line.values()]
+            ax.plot(line.keys(), means, color=color[scheme])
+            ax.plot(*zip(*[(n, x) for n, right in line.items() for x in right]), '.', color=color[scheme], ms=4)
+            ends.append((means[-1], ASKED, scheme, color[scheme]))
         ax.axvline(TRAINED, color='gray', ls=':', lw=1)
         ax.set(title=task, xlabel='length of the problem (dotted: the longest of training)', ylim=(-4, 104),
                ylabel='right answers, percent')
@@ -197,7 +203,7 @@ def main():
         found = found or train_and_ask(task, scheme, flags, seed, args)
         merge_table(path, HEADER, found, 4)
         rows += found
-    table = means(rows)
+    table = by_length(rows)
     print_table(table)
     save(draw(table), path)
 

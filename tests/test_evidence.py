@@ -209,6 +209,11 @@ def test_tasks(monkeypatch, tmp_path, capsys):
     python(monkeypatch, tmp_path, tasks, *words, 'nope', '--from_table')
     assert trained == ['nope'] and len(lib.read_csv(tmp_path / 'results/tasks-quick.csv')) == 40
     assert '| copy | nope | 50 | 50 | 0 | 0 | 0 |' in capsys.readouterr().out
+    two = tasks.by_length([('copy', 'nope', seed, 20, n, 10.0 * seed) for seed in (1, 2) for n in range(2, 41, 2)])
+    tasks.print_table(two)
+    assert '| copy | nope | 10 / 20 | 10 / 20 | 10 / 20 | 10 / 20 | 10 / 20 |' in capsys.readouterr().out
+    axes = tasks.draw(two).axes[0]
+    assert [list(line.get_ydata())[-2:] for line in axes.lines[:2]] == [[15, 15], [10, 20]], 'the mean, and each seed'
     python(monkeypatch, tmp_path, tasks, *words, '--steps', 30, '--from_table')
     assert trained[1:] == ['rope'] and len(lib.read_csv(tmp_path / 'results/tasks-quick.csv')) == 60
     python(monkeypatch, tmp_path, tasks, *words)

@@ -220,7 +220,8 @@ def p_value(differences):
 
 
 def print_losses(curves):
-    print('\n| objective | scheme | validation loss, nats per token | seeds | standard deviation |\n|---|---|---|---|---|')
+    print('\n| objective | scheme | validation loss, nats per token | seeds | standard deviation |')
+    print('|---|---|---|---|---|')
     for (objective, scheme), runs in curves.items():
         final = [run[-1][1] for run in runs]
         spread = f'{statistics.stdev(final):.4f}' if len(final) > 1 else '-'
@@ -241,14 +242,15 @@ def print_differences(curves, against):
 
 
 def print_levels(curves, levels):
-    """The first validation of each run at which its loss is below each level; a dash: it never is."""
-    print('\n| objective | scheme |' + ''.join(f' below {level:g} |' for level in levels))
-    print('|---|---|' + '---|' * len(levels))
+    """The first validation of each run with a loss below each level; a dash: there is none. And the last loss."""
+    print('\n| objective | scheme |' + ''.join(f' below {level:g} |' for level in levels) + ' at the end |')
+    print('|---|---|' + '---|' * (len(levels) + 1))
     for (objective, scheme), runs in curves.items():
         cells = []
         for level in levels:
             steps = [next((f'{step:,}' for step, loss in run if loss < level), '-') for run in runs]
             cells.append(' / '.join(steps))
+        cells.append(' / '.join(f'{run[-1][1]:.4f}' for run in runs))
         print(f'| {objective} | {scheme} | {" | ".join(cells)} |')
 
 
@@ -297,12 +299,13 @@ def arguments(words=None):
                         help=f"any of {', '.join(SCHEMES)} (default: all), or your own, 'name: flags of train.py'")
     parser.add_argument('--objectives', nargs='+', choices=('causal', 'masked'), default=['causal', 'masked'],
                         help='default: both')
-    parser.add_argument('--seeds', type=positive, default=3, help='seeds 1, 2, ... (default 3); with --from_table also the next ones that the table has')
+    parser.add_argument('--seeds', type=positive, default=3,
+                        help='seeds 1, 2, ... (default 3); with --from_table also the next ones that the table has')
     parser.add_argument('--against', metavar='SCHEME',
                         help='also print how much more each scheme loses than this one, paired by seed, with p')
     from_table_flag(parser)
     parser.add_argument('--levels', type=float, nargs='+', metavar='LOSS',
-                        help='also print the step at which each run has a lower validation loss than these')
+                        help='also print the step at which each run is first below these losses, and its last')
     parser.add_argument('--dataset', default='python', help='default python')
     parser.add_argument('--name', help='of this setting, for folders and files (default: the name of the data set)')
     common_flags(parser, 'a much smaller setting: one seed, 60 steps', dataset=False)

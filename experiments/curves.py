@@ -49,8 +49,8 @@ def label_ends(ax, ends):
     free = low
     for y, x, name, color in sorted(ends):
         free = max(free, y)
-        line = dict(arrowstyle='-', color='0.5', lw=0.5, ls=':')  # no curve
-        ax.annotate(name, (x, y), (1.03, free), textcoords=('axes fraction', 'data'), color=color, fontsize=8,
+        line = dict(arrowstyle='-', color='0.5', lw=0.5, ls=':', relpos=(0, 0.5))  # dotted: no curve
+        ax.annotate(name, (x, y), (1.06, free), textcoords=('axes fraction', 'data'), color=color, fontsize=8,
                     va='center', annotation_clip=False, arrowprops=line)
         free += (high - low) / 25
 

@@ -296,7 +296,7 @@ def test_short_names(capsys):
 
 
 @pytest.mark.parametrize('script, words', {
-    'attention_variance': [], 'compare': [], 'convert': [], 'depth': [], 'equal_time': [],
+    'attention_variance': [], 'compare': [], 'convert': [], 'counter': ['out/a'], 'depth': [], 'equal_time': [],
     'extrapolate': ['out/a'], 'feature_error': [], 'finetune_glue': ['--out_dirs', 'out/a'], 'probe_position': [],
     'speed': [], 'stability': [], 'tasks': []}.items())
 def test_quick_touches_no_tracked_file(script, words, monkeypatch):
@@ -409,6 +409,8 @@ def test_extrapolate(more_runs, data_dir):
     assert [line.split()[1] for line in table.splitlines() if line.startswith('| ')] == ['nope', 'absolute', 'mine']
     more_runs('experiments/extrapolate.py', 'out/m', '--data_dir', data_dir, code=2)
     assert 'extrapolate.py: out/m is a masked model' in more_runs.err
+    more_runs('experiments/counter.py', 'out/m', '--data_dir', data_dir, code=2)
+    assert 'counter.py: out/m is a masked model' in more_runs.err
 
 
 def test_near_copies(monkeypatch, tmp_path, capsys, data_dir):

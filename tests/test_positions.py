@@ -3,15 +3,18 @@ import importlib
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import BASELINES, MODELS, REPO, TINY, Run
 
 sys.path.insert(0, str(REPO / 'experiments'))
+import counter  # noqa: E402
 import probe_position  # noqa: E402
 from attention_variance import before_training, random_model  # noqa: E402
 from lib import read_csv  # noqa: E402
+from look_inside import layer_calls  # noqa: E402
 from probe_position import states  # noqa: E402
 
 from sample import load_run  # noqa: E402
@@ -42,6 +45,40 @@ def test_variance(trained, data_dir):
     assert found['causal', 0.02, 2, 1] < 4 * found['causal', 0.02, 2, 64], 'only the first layer falls as 1/m'
     assert found['sigmas, first layer', 0.2, 1, 1] < 2 * found['sigmas, first layer', 0.2, 1, 64]
     assert found['trained: a', 0, 2, 32] != found['before training: a', 0, 2, 32] and '| trained: a |' in trained.out
+
+
+def test_a_counter_is_found():
+    """Outputs of 5 - log2 m along a direction, noise across it; the first half of the texts tells the direction."""
+    torch.manual_seed(0)
+    y = torch.randn(200, 64, 8)
+    y[..., 3] = -(5 - torch.arange(1, 65).log2())
+    mean, deviation, share = counter.along_first(y)
+    slope, fit = counter.per_doubling(mean)
+    assert mean[0] == pytest.approx(5, rel=0.05) and slope == pytest.approx(-1, rel=0.05) and fit > 0.99
+    assert share[0] == pytest.approx(25 / 32, rel=0.05) and share[31] < 0.1, 'at m = 32 only the noise is left'
+    assert deviation[31] < 0.3
+    y[100:, :, 3] *= -1
+    assert counter.along_first(y)[0][0] == pytest.approx(-5, rel=0.05)
+    assert counter.per_doubling(np.arange(1, 65) / 64)[1] < 0.8, 'a straight line in m is none in log m'
+
+
+def test_counter(trained, data_dir):
+    """One run, all layers and positions; what it projects is the output of each layer's attention."""
+    trained('experiments/counter.py', 'out/a', '--texts', 12, '--data_dir', data_dir, '--results', 'results')
+    rows = read_csv(trained.folder / 'results/counter.csv')
+    model, _ = load_run(trained.folder / 'out/a')
+    layers, T = len(model.h), model.config.block_size
+    assert [(int(r['layer']), int(r['m'])) for r in rows] == [
+        (layer, m) for layer in range(1, 1 + layers) for m in range(1, 1 + T)]
+    assert all(0 <= float(r['share']) <= 1 for r in rows) and '| a | 2 |' in trained.out
+    assert (trained.folder / 'results/counter.png').read_bytes()[:4] == b'\x89PNG'
+    idx = torch.randint(256, (7, T))
+    for batch in (3, 7):
+        found = counter.attention_outputs(model, idx, batch)
+        assert len(found) == layers
+        for y, (_, own) in zip(found, layer_calls(model, idx)):
+            torch.testing.assert_close(y, own)
+    trained('experiments/counter.py', 'out/a', '--texts', 3, code=2)
 
 
 def test_probe(trained, data_dir):

@@ -5,9 +5,9 @@ How a model without positions counts: the attention output of each layer along o
 
 Chi et al. 2023: the causal mask leaves the position in the variance of the attention output. This shows what a
 trained model makes of it. The direction is the mean output at the first position, from one half of the texts; all
-outputs of the other half are projected onto it. If the coordinate changes evenly with every doubling of the position
-and has most of the squared length (the share; 1 / n_embd in a random direction), the layer holds a counter: the
-logarithm of the position. For causal models of any scheme.
+outputs of the other half are projected onto it. If the coordinate moves steadily with the position and has most of
+the squared length (the share; 1 / n_embd in a random direction), the layer holds a counter. Lines over log m and sqrt
+m tell which of the two it follows. For causal models of any scheme.
 Writes experiments/results/counter.csv and .png (with --quick in out/quick).
 """
 import argparse
@@ -49,12 +49,18 @@ def along_first(y):
     return torch.stack((along.mean(0), along.std(0), share)).numpy()
 
 
-def per_doubling(coordinate):
-    """What the coordinate (T,) gains with each doubling of the position, at m = 1, 2, 4, ..., and R^2 of that line."""
+def line(x, y):
+    """Slope and R^2 of the line that fits best."""
+    fit = np.polyfit(x, y, 1)
+    return fit[0], 1 - np.var(y - np.polyval(fit, x)) / np.var(y)
+
+
+def fits(coordinate):
+    """Of the coordinate (T,) at m = 1, 2, 4, ...: its gain per doubling of m; R^2 of lines over log m and sqrt m."""
     octave = np.arange(len(coordinate).bit_length())
     seen = coordinate[2 ** octave - 1]
-    line = np.polyfit(octave, seen, 1)
-    return line[0], 1 - np.var(seen - np.polyval(line, octave)) / np.var(seen)
+    slope, log_fit = line(octave, seen)
+    return slope, log_fit, line(2 ** (octave / 2), seen)[1]
 
 
 def measure(name, out, args):
@@ -77,12 +83,13 @@ def measure(name, out, args):
 def print_table(curves):
     """curves {(run, layer): (T, 3)}"""
     at = [2 ** i for i in range(max(map(len, curves.values())).bit_length())]
-    print('\n| run | layer | ' + ' | '.join(f'm={m}' for m in at) + ' | share at 1 | per doubling | R^2 |')
-    print('|---' * (len(at) + 5) + '|')
+    print('\n| run | layer | ' + ' | '.join(f'm={m}' for m in at)
+          + ' | share at 1 | per doubling | R^2, log m | R^2, sqrt m |\n' + '|---' * (len(at) + 6) + '|')
     for (name, layer), curve in curves.items():
-        slope, fit = per_doubling(curve[:, 0])
+        slope, *fit = fits(curve[:, 0])
         cells = [f'{curve[m - 1, 0]:.1f}' if m <= len(curve) else '' for m in at]
-        print(f'| {name} | {layer} | {" | ".join(cells)} | {curve[0, 2]:.2f} | {slope:+.1f} | {fit:.2f} |')
+        cells += [f'{curve[0, 2]:.2f}', f'{slope:+.1f}', *(f'{x:.2f}' for x in fit)]
+        print(f'| {name} | {layer} | {" | ".join(cells)} |')
 
 
 def draw(curves):

@@ -144,9 +144,9 @@ def draw(rows):
     for row in rows:
         if not row[0].endswith('shuffled'):
             chance[row[:2]] = row[6]
-    down = -(-len(chance) // 3)
-    wide = min(3, len(chance))
-    size = (4.8 * wide, 4 * down)
+    down = -(-len(chance) // 4)
+    wide = min(4, len(chance))
+    size = (3.6 * wide, 3 * down)
     fig, axes = pyplot().subplots(down, wide, figsize=size, squeeze=False, layout='constrained')
     for ax, case in zip(axes.flat, chance):
         for tap, color in zip(TAPS, ('C0', 'C1', 'C2')):

@@ -10,7 +10,7 @@ and never calls what it checks. Exact claims are in float64. A difference is rel
 
 Your own model_mine.py, beside this file or in baselines/, is found without an edit: chapter 7 checks what every model
 promises. A wrong formula can keep these promises. To prove yours, write the layer a second time in model_mine.py, as
-plain loops over single queries, and chapter 7 compares the two:
+plain loops over single queries, and chapter 7 compares the two (baselines/model_alibi.py has an example):
 
     def equation(attention, x):  # your Attention, x (B, T, C) -> (B, T, C)
 
@@ -1063,7 +1063,7 @@ def test_predicting_some_places_is_predicting_all():
 
 @proof(7)
 def test_equation_of_its_own():
-    """Any other model file is compared with its own equation; those of this project have theirs in chapters 1 to 6."""
+    """A model file that has an equation is compared with it. Those of this project are proved in chapters 1 to 6."""
     others = [name for name in CHOSEN if name not in OURS]
     if not set(others) - set(BASELINES):
         remark('no other model file is checked; the top of test_equivalence.py says how to add yours')

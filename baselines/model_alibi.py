@@ -10,9 +10,9 @@ The slopes are not learned: the scheme has no parameters. The paper is about cau
 bias here falls on both sides alike. Where n_head is not a power of two, the authors' code takes other slopes; here the
 formula holds for any n_head.
 
-A baseline: the text of model_nope.py and the few lines of the scheme. Plain form: loops in test_equivalence.py. Fast
-form: torch's scaled_dot_product_attention. The bias is a tensor (nh, T, T), which torch's flash kernel for GPUs does
-not accept: the attention runs in the memory-efficient kernel and reads nh T^2 numbers more.
+A baseline: the text of model_nope.py and the few lines of the scheme. Plain form: equation() below, and loops in
+test_equivalence.py. Fast form: torch's scaled_dot_product_attention. The bias is a tensor (nh, T, T), which torch's
+flash kernel for GPUs does not accept: the attention runs in the memory-efficient kernel and reads nh T^2 numbers more.
 """
 import math
 from dataclasses import dataclass
@@ -46,6 +46,20 @@ def visible(T, S, causal=True, valid=None, device=None):
     j = torch.arange(S, device=device)
     see = j <= i if causal else (j >= 0).expand(T, S)
     return see if valid is None else see & (valid[:, None, None, :] | (i == j))
+
+
+def equation(attention, x):
+    """The layer as its formula says, one query at a time, x (B, T, C) -> (B, T, C); test_equivalence.py compares."""
+    B, T, C = x.shape
+    n = attention.n_head
+    q, k, v = [part.view(B, T, n, C // n).transpose(1, 2) for part in attention.c_attn(x).split(C, 2)]
+    slopes = 2 ** (-8 * torch.arange(1, n + 1).to(x) / n)[:, None]  # (nh, 1)
+    y = torch.zeros_like(q)
+    for i in range(T):
+        keys = torch.arange(i + 1 if attention.causal else T)
+        scores = (q[:, :, i, None] * k[:, :, keys]).sum(-1) / (C // n) ** 0.5 - slopes * (i - keys).abs()
+        y[:, :, i] = (scores.softmax(-1)[..., None] * v[:, :, keys]).sum(2)
+    return attention.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class Attention(nn.Module):

@@ -29,7 +29,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lib import common_flags, merge_table, parse, positive, pyplot, runs_of, save, short_names, text, write_csv
+from lib import (common_flags, layer_calls, merge_table, parse, positive, pyplot, runs_of, save, short_names, text,
+                 write_csv)
 
 from common import die, load_model_file
 from sample import load_run
@@ -59,18 +60,11 @@ def before_training(model, checkpoint):
 @torch.no_grad()
 def variances(model, idx, batch=4):
     """Variance of the attention's output over the channels, its mean over the sequences idx (B, T): (layers, T)."""
-    sums = [torch.zeros(idx.size(1)) for _ in model.h]
-
-    def add(total, out):  # out (batch, T, C)
-        total += out.float().var(-1).sum(0).cpu()
-    hooks = []
-    for block, total in zip(model.h, sums):
-        hooks.append(block.attn.register_forward_hook(lambda _, __, out, total=total: add(total, out)))
+    sums = torch.zeros(len(model.h), idx.size(1))
     for part in idx.split(batch):
-        model.hidden(part.to(model.wte.weight.device))
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(sums).numpy() / len(idx)
+        outputs = [y for _, y in layer_calls(model, part.to(model.wte.weight.device))]  # each (batch, T, C)
+        sums += torch.stack([y.float().var(-1).sum(0).cpu() for y in outputs])
+    return sums.numpy() / len(idx)
 
 
 def slope(v):

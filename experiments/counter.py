@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lib import common_flags, parse, positive, pyplot, save, short_names, text, write_csv
+from lib import common_flags, layer_calls, parse, positive, pyplot, save, short_names, text, write_csv
 
 from common import die
 from sample import load_run
@@ -26,14 +26,8 @@ HEADER = 'run', 'layer', 'm', 'coordinate', 'deviation', 'share'
 @torch.no_grad()
 def attention_outputs(model, idx, batch=50):
     """-> the attention output of each layer for the texts idx (N, T): a list of (N, T, C)."""
-    found = [[] for _ in model.h]
-    hooks = [block.attn.register_forward_hook(lambda _, __, out, keep=keep: keep.append(out.float()))
-             for block, keep in zip(model.h, found)]
-    for part in idx.split(batch):
-        model.hidden(part)
-    for hook in hooks:
-        hook.remove()
-    return [torch.cat(parts) for parts in found]
+    found = [[y.float() for _, y in layer_calls(model, part)] for part in idx.split(batch)]
+    return [torch.cat(parts) for parts in zip(*found)]
 
 
 def along_first(y):

@@ -84,6 +84,16 @@ def validation(model, ids, T, tokens=16384, batch_size=16, device='cpu'):
     return total / len(starts)
 
 
+def layer_calls(model, idx):
+    """What the attention of each layer gets and returns for the tokens idx (B, T): pairs of (B, T, C)."""
+    calls = []
+    hooks = [block.attn.register_forward_hook(lambda _, args, out: calls.append((args[0], out))) for block in model.h]
+    model.hidden(idx)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
 def short_names(outs):
     """The names of the runs' folders; of compare.py's <name>-<objective>-<scheme>-<seed>, the last two parts."""
     paths = [Path(out).resolve() for out in outs]

@@ -14,6 +14,12 @@ Row i is the query, column j the key; what a query does not see is grey. From le
 What does not change the attention is taken off: the mean of each row of a score (not of the fixed kernel), the largest
 product of a row, the largest e^b. Every layer is checked: the weights, times the values, must give the layer's own
 output; otherwise nothing is drawn.
+
+The same as numbers:
+
+    model, checkpoint = load_run('out/composite-causal-python')
+    layers, _ = look(model, torch.tensor([list(b'def get(self, name):')]), measured)
+    print(layers[0]['weights'][-1])  # layer 1, the head furthest from equal weights: what the last token attends to
 """
 import argparse
 import math
@@ -21,7 +27,7 @@ import sys
 from pathlib import Path
 
 import torch
-from lib import positive, pyplot
+from lib import layer_calls, positive, pyplot
 from torch.nn import functional as F
 
 from common import die
@@ -30,20 +36,6 @@ from sample import load_run, tokenizer
 LONGEST = 40  # tokens; the labels of more are too small to read
 CONTENT = 'content\n$q_i\\cdot k_j\\,/\\sqrt{hs}$'
 FIXED = 'fixed kernel\n$\\beta_{j-i}$'
-
-
-def layer_calls(model, idx):
-    """What the attention of each layer gets and returns for the tokens idx (1, T): pairs of (1, T, C)."""
-    calls = []
-
-    def keep(_, args, output):
-        calls.append((args[0], output))
-
-    hooks = [block.attn.register_forward_hook(keep) for block in model.h]
-    model.hidden(idx)
-    for hook in hooks:
-        hook.remove()
-    return calls
 
 
 def softmax_attention(module, attn, x, q, k, see):

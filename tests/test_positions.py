@@ -13,8 +13,7 @@ sys.path.insert(0, str(REPO / 'experiments'))
 import counter  # noqa: E402
 import probe_position  # noqa: E402
 from attention_variance import before_training, random_model  # noqa: E402
-from lib import read_csv  # noqa: E402
-from look_inside import layer_calls  # noqa: E402
+from lib import layer_calls, read_csv  # noqa: E402
 from probe_position import states  # noqa: E402
 
 from sample import load_run  # noqa: E402

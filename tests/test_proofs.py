@@ -40,19 +40,10 @@ class Model(model_nope.Model):
             raise RuntimeError('no padding, please')
         return super().hidden(idx, valid, state)
 '''
-PLAIN = (REPO / 'model_nope.py').read_text(encoding='utf-8').split('        S = k.size(2)\n', 1)
-ALIBI = PLAIN[0] + '''        S = k.size(2)
-        i = torch.arange(S - T, S)[:, None]
-        slopes = 2 ** (-8 * torch.arange(1, self.n_head + 1).to(q) / self.n_head)
-        bias = -slopes[:, None, None] * (i - torch.arange(S)).abs()  # (nh, T, S)
-        bias = torch.where(visible(T, S, self.causal, valid), bias, -math.inf)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-''' + PLAIN[1].split('is_causal=triangle)  # (B, nh, T, hs)\n')[1]
-README = (REPO / 'README.md').read_text(encoding='utf-8')
-ALIBI += '\n\n' + re.search(r'```python\n(def equation.*?)```', README, re.S)[1]
+ALIBI = (REPO / 'baselines' / 'model_alibi.py').read_text(encoding='utf-8')  # the worked example of the README
 FILES = {
-    'model_readme.py': ALIBI,
-    'model_flipped.py': ALIBI.replace('bias = -slopes', 'bias = slopes'),
+    'model_example.py': ALIBI,
+    'model_flipped.py': ALIBI.replace('bias = (-slopes', 'bias = (slopes'),
     'model_right.py': EQUATION,
     'baselines/model_wrong.py': EQUATION.replace('/ math.sqrt', '* math.sqrt'),
     'model_silent.py': 'from model_nope import Config, Model\n',
@@ -99,10 +90,10 @@ def test_a_new_file_is_found_and_compared_with_its_equation(book):
     assert not any(case.startswith(('failed: absolute', 'failed: right', 'failed: silent')) for case in cases)
 
 
-def test_the_equation_of_the_readme(book):
-    """Its ALiBi is that of the code here. A flipped sign passes every general row; the equation sees it."""
-    code, lines, _ = book('readme')
-    assert code == 0 and verdicts(lines)['Attention of model_readme.py = its equation(attention, x)'] == 'PASS', lines
+def test_the_worked_example(book):
+    """A flipped sign in ALiBi passes every general row; the equation in its file sees it."""
+    code, lines, _ = book('example')
+    assert code == 0 and verdicts(lines)['Attention of model_example.py = its equation(attention, x)'] == 'PASS', lines
     code, lines, _ = book('flipped')
     failed = [row for row, verdict in verdicts(lines).items() if verdict == 'FAIL']
     assert code == 1 and failed == ['Attention of model_flipped.py = its equation(attention, x)']

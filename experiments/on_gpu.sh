@@ -9,8 +9,8 @@
 #     proofs           4  chapter 8 of test_equivalence.py on the GPU, the others on the CPU
 #     trainings        4  every model trains, resumes, samples; torchrun; GPT-2's size
 #     check            8  proofs, then trainings
-#     steps            5  training steps at GPT-2 124M size, and the kernels that take their time
-#     more-steps       6  the same with texts of 8,192 tokens and by cuDNN; depthwise convolutions
+#     steps            6  training steps at GPT-2 124M size, the kernels that take their time, forms of single parts
+#     more-steps       6  the same with texts of 8,192 tokens and by cuDNN
 #     speed            4  every form of attention, 512 to 65,536 tokens: time and memory
 #     variance         1  variance of attention at the paper's size
 #     probes           5  probes of the position at the paper's size
@@ -192,10 +192,10 @@ steps() {
     job() { run python3 experiments/speed.py --steps --models "$1" --results "$scratch"; }
     [ -n "$quick" ] || at_once composite conv kernelized  # compiled at the same time, and then in the cache
     experiment speed --steps ${other[@]+"${other[@]}"} --kernels
+    experiment speed --parts
 }
 
 more_steps() {
-    experiment speed --convs
     [ -z "$quick" ] || return
     experiment speed --steps ${other[@]+"${other[@]}"} --cudnn
     experiment speed --steps ${other[@]+"${other[@]}"} --block_size 8192

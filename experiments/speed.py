@@ -6,7 +6,7 @@ Time and memory of every form of attention over the length of the text, and of a
     python experiments/speed.py --steps    # training steps of every model at GPT-2 124M size (--quick: the tiny preset)
     python experiments/speed.py --steps --nanogpt ../nanoGPT --block_size 8192 --cudnn
     python experiments/speed.py --steps --models nope composite --kernels    # and where the time of a step goes
-    python experiments/speed.py --convs    # conv1d against shifted multiply-adds, both layouts
+    python experiments/speed.py --parts    # a convolution, a query-made kernel, flash attention, each in several forms
 
 Answers Figure 1a of Luo et al. 2021 (forward time over n, one head of 64 on a V100: softmax 51.8 ms at 32k, kernelized
 by FFT with m = 32 29.3 ms), with what it competes with today: flash attention. Kernelized forms start from q and k,
@@ -18,7 +18,7 @@ bfloat16 and torch.compile there; peak memory is that of one model with its opti
 model from a checkout of github.com/karpathy/nanoGPT into the same turns; --cudnn lets torch prefer cuDNN's attention;
 --kernels adds the table speed-steps-<device>...-kernels.csv: what a step of each model does, longest first.
 Writes experiments/results/speed-<device>.csv and .png (or speed-steps-<device>[-<block_size>][-cudnn].csv,
-speed-convs-<device>.csv); with --quick in out/quick. A row is written as soon as its form has run once, and again when
+speed-parts-<device>.csv); with --quick in out/quick. A row is written as soon as its form has run once, and again when
 its medians are known: a run that is cut off has what it measured.
 """
 import argparse
@@ -359,33 +359,66 @@ def ours(module, fields):
     return module.Model(module.Config(**fields))
 
 
-def convs(args, device, write):
-    """Time a depthwise convolution of 17 taps, forward and backward, by conv1d in two layouts and by shifts."""
-    gpu = device == 'cuda'
-    B, T, C, K = (32, 1024, 768, 17) if gpu and not args.quick else (8, 128, 128, 17)
-    x = torch.randn(B, T, C, device=device, dtype=torch.bfloat16 if gpu else torch.float32, requires_grad=True)
-    w = torch.randn(C, K, device=device, dtype=x.dtype, requires_grad=True)
+def parts(gpu, small):
+    """{part of a layer: (its inputs, {form: function of them})}: parts that can be written in several ways."""
+    B, T, nh, hs, K = (8, 128, 4, 32, 17) if small else (32, 1024, 12, 64, 17)
+    C = nh * hs
+    options = dict(device='cuda' if gpu else 'cpu', dtype=torch.bfloat16 if gpu else torch.float32, requires_grad=True)
+    x = torch.randn(B, T, C, **options)
+    taps = torch.randn(C, K, **options)
+    qkv = torch.randn(B, T, 3 * C, **options)  # as c_attn returns it
+    kernel = torch.randn(K, hs, **options)
 
-    def contiguous(x, w):
+    def conv1d(x, w):
         return F.conv1d(F.pad(x.transpose(1, 2).contiguous(), (K - 1, 0)), w[:, None], groups=C).transpose(1, 2)
 
     def shifts(x, w):
         padded = F.pad(x, (0, 0, K - 1, 0))
         return sum(w[:, r] * padded[:, r:r + T] for r in range(K))
-    known = {'depthwise_conv (conv1d)': conv.depthwise_conv, 'conv1d, contiguous (B, C, T)': contiguous}
-    if gpu:
-        known['conv1d, compiled'] = torch.compile(contiguous)
-        known['shifts, compiled'] = torch.compile(shifts)
-    else:
-        known['shifts'] = shifts
-    jobs = {name: partial(forward_backward, f, (x, w), x.detach()) for name, f in known.items()}
-    for job in jobs.values():
-        job()
-    rows = [(name, seconds * 1e3) for name, seconds in alternate(jobs, device, 10).items()]
-    path = write(('form', 'forward_backward_ms'), rows)
-    print('| form | ms, forward and backward |\n|---|---|')
-    for name, ms in rows:
-        print(f'| {name} | {ms:.2f} |')
+
+    def heads(qkv):
+        return [z.view(B, T, nh, hs).transpose(1, 2) for z in qkv.split(C, 2)]  # each (B, nh, T, hs)
+
+    def product(qkv, w):  # (B, nh, T, K)
+        return heads(qkv)[0] @ w.T
+
+    def wider(qkv, w):
+        return product(qkv, F.pad(w, (0, 0, 0, -K % 8)))[..., :K]  # rows of 24 numbers: 48 bytes
+
+    def per_head(qkv, w):
+        return (heads(qkv)[0].flatten(0, 1) @ w.T.expand(B * nh, hs, -1)).unflatten(0, (B, nh))
+
+    def per_head_wider(qkv, w):
+        return per_head(qkv, F.pad(w, (0, 0, 0, -K % 8)))[..., :K]
+
+    def softmax(which):
+        return lambda qkv: with_backend(which)(*heads(qkv))
+
+    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    far = {'flash': softmax(flash)} | ({'cuDNN': softmax(cudnn)} if gpu else {})
+    return {
+        'depthwise convolution': ((x, taps), {
+            'depthwise_conv (conv1d)': conv.depthwise_conv, 'conv1d, contiguous (B, C, T)': conv1d, 'shifts': shifts}),
+        'query-made kernel': ((qkv, kernel), {
+            'product': product, 'product, wider': wider, 'per head': per_head, 'per head, wider': per_head_wider}),
+        'softmax to far tokens': ((qkv,), far),
+    }
+
+
+def time_parts(args, device, write):
+    """Time each form of each part, forward and backward; on a GPU in bfloat16, compiled."""
+    gpu = device == 'cuda'
+    rows = []
+    print('| part | form | ms, forward and backward |\n|---|---|---|')
+    for part, (inputs, known) in parts(gpu, not gpu or args.quick).items():
+        jobs = {}
+        for name, f in known.items():
+            f = torch.compile(f, dynamic=False) if gpu else f
+            jobs[name] = partial(forward_backward, f, inputs, torch.randn_like(f(*inputs)))
+        for name, seconds in alternate(jobs, device, 10).items():
+            rows.append((part, name, seconds * 1e3))
+            print(f'| {part} | {name} | {seconds * 1e3:.2f} |', flush=True)
+        path = write(('part', 'form', 'forward_backward_ms'), rows)
     print(f'\nwrote {path}')
 
 
@@ -397,7 +430,7 @@ def arguments():
     parser.add_argument('--nanogpt', metavar='PATH', help='with --steps: a checkout of nanoGPT, timed, too')
     parser.add_argument('--block_size', type=positive, help='with --steps: tokens in a text (default 1024 or 128)')
     parser.add_argument('--cudnn', action='store_true', help="with --steps: prefer cuDNN's attention (CUDA only)")
-    parser.add_argument('--convs', action='store_true', help='forms of the depthwise convolution instead')
+    parser.add_argument('--parts', action='store_true', help='parts of a layer instead, each in several forms')
     parser.add_argument('--lengths', nargs='+', type=positive, help='n, tokens in a text (default: powers of two)')
     parser.add_argument('--tokens', type=positive, help='in all texts together (default 32,768; 4,096 if small)')
     common_flags(parser, '4,096 tokens, 4 heads of 32, n up to 4,096 (on a CPU the default, too)', dataset=False)
@@ -422,8 +455,8 @@ def main():
             steps_name += '-cudnn'
         with sdpa_kernel(CUDNN_FIRST, set_priority=True) if args.cudnn else contextlib.nullcontext():
             steps(args, device, writer(steps_name), writer(f'{steps_name}-kernels'))
-    elif args.convs:
-        convs(args, device, writer(f'speed-convs-{device}'))
+    elif args.parts:
+        time_parts(args, device, writer(f'speed-parts-{device}'))
     else:
         rows = attention(args, device, writer(f'speed-{device}'))
         crossovers(rows)

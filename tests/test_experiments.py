@@ -553,13 +553,25 @@ def test_speed_names_the_kernel_that_ran():
     assert speed.backend(lambda: q @ q.transpose(2, 3)) == ''
 
 
-def test_speed_steps_and_convs(monkeypatch, capsys, tmp_path, checkouts):
-    """Training steps of every model, nanoGPT's among them, and forms of a convolution; each timed once here."""
+def test_forms_of_a_part_are_equal():
+    """What speed.py --parts compares is one function of the inputs in every form, values and gradients."""
+    for part, (inputs, forms) in speed.parts(gpu=False, small=True).items():
+        found = []
+        for f in forms.values():
+            y = f(*inputs)
+            found.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-3)
+        assert len(forms) > 1 or part == 'softmax to far tokens'
+
+
+def test_speed_steps_and_parts(monkeypatch, capsys, tmp_path, checkouts):
+    """Training steps of every model, nanoGPT's among them, and parts of a layer; each timed once here."""
     alternate = speed.alternate
     monkeypatch.setattr(speed, 'alternate', lambda jobs, device, repeats: alternate(jobs, device, 1))
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     steps = ['--steps', '--block_size', '32', '--nanogpt', str(checkouts[0]), '--kernels']
-    for flags in (steps, ['--convs']):
+    for flags in (steps, ['--parts']):
         monkeypatch.setattr(sys, 'argv', ['speed.py', '--quick', *flags, '--results', str(tmp_path)])
         speed.main()
     rows = lib.read_csv(tmp_path / f'speed-steps-{device}-32.csv')
@@ -571,8 +583,8 @@ def test_speed_steps_and_convs(monkeypatch, capsys, tmp_path, checkouts):
     for r in rows:
         ms = [float(kernel['ms']) for kernel in kernels if kernel['model'] == r['model']]
         assert len(ms) > 5 and ms == sorted(ms, reverse=True) and ms[-1] > 0
-    assert '| depthwise_conv (conv1d) |' in capsys.readouterr().out
-    assert len(lib.read_csv(tmp_path / f'speed-convs-{device}.csv')) >= 3
+    assert '| depthwise convolution | depthwise_conv (conv1d) |' in capsys.readouterr().out
+    assert len(lib.read_csv(tmp_path / f'speed-parts-{device}.csv')) >= 8
     monkeypatch.setattr(sys, 'argv', ['speed.py', '--quick', '--steps', '--models', 'nope', 'nanoGPT'])
     with pytest.raises(SystemExit, match='2'):  # without --nanogpt there is no such model
         speed.main()

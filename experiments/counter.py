@@ -7,20 +7,32 @@ Chi et al. 2023: the causal mask leaves the position in the variance of the atte
 trained model makes of it. The direction is the mean output at the first position, from one half of the texts; all
 outputs of the other half are projected onto it. If the coordinate moves steadily with the position and has most of
 the squared length (the share; 1 / n_embd in a random direction), the layer holds a counter. Lines over log m and sqrt
-m tell which of the two it follows. For causal models of any scheme.
-Writes experiments/results/counter.csv and .png (with --quick in out/quick).
+m tell which of the two it follows.
+
+The second table tells what the coordinate is for. The model runs again on the other half with another coordinate:
+  constant         its mean over all positions: the counter is gone
+  position alone   its mean at each position: all else that it says is gone
+  another          constant along a random direction: what any such change does
+  far              nothing is changed; the second half of texts of 4 times the training length, as in the next two
+  far, alone       position alone
+  squeezed         position m gets the mean that position m / 4 has in training
+Losses are in nats per token.
+For causal models of any scheme. Writes experiments/results/counter.csv, counter-use.csv and counter.png (with --quick
+in out/quick).
 """
 import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lib import common_flags, layer_calls, parse, positive, pyplot, save, short_names, text, write_csv
 
 from common import die
 from sample import load_run
 
 HEADER = 'run', 'layer', 'm', 'coordinate', 'deviation', 'share'
+USE = 'run', 'layer', 'loss', 'constant', 'position_alone', 'another', 'far', 'far_alone', 'squeezed'
 
 
 @torch.no_grad()
@@ -30,15 +42,20 @@ def attention_outputs(model, idx, batch=50):
     return [torch.cat(parts) for parts in zip(*found)]
 
 
+def at_first(y):
+    """The direction (C,) of the mean output at the first position, for outputs y (N, T, C)."""
+    return F.normalize(y[:, 0].mean(0), dim=0)
+
+
 def along_first(y):
     """Outputs y (N, T, C) -> (3, T): coordinate along the mean at the first position, its deviation, its share.
 
     The direction is that of the first half of the texts, the rest is of the second half.
     """
     half = len(y) // 2
-    first = y[:half, 0].mean(0)
+    direction = at_first(y[:half])
     y = y[half:]
-    along = y @ (first / first.norm())  # (N - half, T)
+    along = y @ direction  # (N - half, T)
     share = along.square().sum(0) / y.square().sum((0, 2))
     return torch.stack((along.mean(0), along.std(0), share)).numpy()
 
@@ -57,21 +74,73 @@ def fits(coordinate):
     return slope, log_fit, line(2 ** (octave / 2), seen)[1]
 
 
+@torch.no_grad()
+def losses(model, idx, layer=0, direction=None, curve=None, batch=25):
+    """Loss at each position (T,) of the texts idx (N, T + 1).
+
+    direction (C,), curve (T,) or one number: what the output of the layer's attention gets as its coordinate there.
+    """
+    def exchange(_, __, y):
+        return y + (curve - y @ direction)[..., None] * direction
+    hooks = [] if curve is None else [model.h[layer].attn.register_forward_hook(exchange)]
+    found = []
+    for part in idx.split(batch):
+        logits = model(part[:, :-1])[0]
+        found.append(F.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction='none'))
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(found).mean(0)
+
+
+def use(model, layer, y, idx, long_y, long):
+    """Losses of the texts idx (N, T + 1) and long (N, 4T + 1) with other coordinates, as in USE.
+
+    The layer's outputs for other texts, y (N, T, C) and long_y (N, 4T, C), tell direction and curves. long may be None.
+    """
+    direction = at_first(y)
+    curve = (y @ direction).mean(0)  # (T,)
+    random = F.normalize(torch.randn(len(direction), generator=torch.Generator().manual_seed(layer)), dim=0)
+    known = [(), (layer, direction, curve.mean()), (layer, direction, curve), (layer, random, (y @ random).mean())]
+    found = [losses(model, idx, *change).mean() for change in known]
+    if long is None:
+        return [*map(float, found), None, None, None]
+    T, n = len(curve), long.size(1) - 1
+    squeezed = torch.from_numpy(np.interp(np.linspace(1, T, n), np.arange(1, T + 1), curve)).to(curve)
+    known = [(), (layer, direction, (long_y @ direction).mean(0)), (layer, direction, squeezed)]
+    found += [losses(model, long, *change)[n // 2:].mean() for change in known]
+    return list(map(float, found))
+
+
+def windows(ids, T, texts):
+    """Texts (texts, T + 1) from all over ids, in an order that is always the same."""
+    starts = np.linspace(0, len(ids) - T - 1, texts).astype(int)
+    starts = np.random.default_rng(1).permutation(starts)  # both halves from all over the text
+    return torch.from_numpy(np.stack([ids[s:s + T + 1] for s in starts]).astype(np.int64))
+
+
 def measure(name, out, args):
-    """Rows of one run, (run, layer, m, coordinate, deviation, share)."""
+    """Rows of one run: (run, layer, m, coordinate, deviation, share), and those of USE."""
     model, checkpoint = load_run(out)
     if not model.config.causal:
         die(f'{out} is a masked model; only a causal mask tells the position')
     T = model.config.block_size
     val = text(checkpoint['settings']['dataset'], args.data_dir)[1]
-    starts = np.linspace(0, len(val) - T, args.texts).astype(int)
-    starts = np.random.default_rng(1).permutation(starts)  # both halves from all over the text
-    idx = torch.from_numpy(np.stack([val[s:s + T] for s in starts]).astype(np.int64))
+    half = args.texts // 2
+    idx = windows(val, T, args.texts)
+    outputs = attention_outputs(model, idx[:, :-1])
+    long = None
+    long_outputs = [None] * len(outputs)
+    if not model.config.absolute:
+        long = windows(val, 4 * T, half)
+        long_outputs = attention_outputs(model, long[:half // 2, :-1])
+        long = long[half // 2:]
     rows = []
-    for layer, y in enumerate(attention_outputs(model, idx), 1):
+    uses = []
+    for layer, (y, long_y) in enumerate(zip(outputs, long_outputs)):
         found = along_first(y)  # (3, T)
-        rows += [(name, layer, m, *map(float, values)) for m, values in enumerate(found.T, 1)]
-    return rows
+        rows += [(name, layer + 1, m, *map(float, values)) for m, values in enumerate(found.T, 1)]
+        uses.append((name, layer + 1, *use(model, layer, y[:half], idx[half:], long_y, long)))
+    return rows, uses
 
 
 def print_table(curves):
@@ -84,6 +153,13 @@ def print_table(curves):
         cells = [f'{curve[m - 1, 0]:.1f}' if m <= len(curve) else '' for m in at]
         cells += [f'{curve[0, 2]:.2f}', f'{slope:+.1f}', *(f'{x:.2f}' for x in fit)]
         print(f'| {name} | {layer} | {" | ".join(cells)} |')
+
+
+def print_uses(uses):
+    print('\n| run | layer | loss | constant | position alone | another | far | far, alone | squeezed |\n'
+          + '|---' * 9 + '|')
+    for name, layer, *values in uses:
+        print(f'| {name} | {layer} | ' + ' | '.join('-' if x is None else f'{x:.2f}' for x in values) + ' |')
 
 
 def draw(curves):
@@ -118,14 +194,19 @@ def arguments():
 def main():
     args = arguments()
     rows = []
+    uses = []
     for name, out in zip(short_names(args.out_dirs), args.out_dirs):
-        rows += measure(name, out, args)
+        of_run, its_uses = measure(name, out, args)
+        rows += of_run
+        uses += its_uses
     path = write_csv(Path(args.results), 'counter', HEADER, rows)
+    write_csv(Path(args.results), 'counter-use', USE, uses)
     curves = {}
     for name, layer, _, *values in rows:
         curves.setdefault((name, layer), []).append(values)
     curves = {key: np.array(values) for key, values in curves.items()}
     print_table(curves)
+    print_uses(uses)
     save(draw(curves), path)
 
 

@@ -2,6 +2,7 @@
 import importlib
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import BASELINES, MODELS, REPO, TINY, Run
 
 sys.path.insert(0, str(REPO / 'experiments'))
 import counter  # noqa: E402
+import lib  # noqa: E402
 import probe_position  # noqa: E402
 from attention_variance import before_training, random_model  # noqa: E402
 from lib import layer_calls, read_csv  # noqa: E402
@@ -63,7 +65,7 @@ def test_a_counter_is_found():
     assert slope == pytest.approx(7 / 6, rel=0.2) and log_fit < 0.95 and sqrt_fit == pytest.approx(1)
 
 
-def test_counter(trained, data_dir):
+def test_counter(trained, data_dir, monkeypatch):
     """One run, all layers and positions; what it projects is the output of each layer's attention."""
     trained('experiments/counter.py', 'out/a', '--texts', 12, '--data_dir', data_dir, '--results', 'results')
     rows = read_csv(trained.folder / 'results/counter.csv')
@@ -73,6 +75,21 @@ def test_counter(trained, data_dir):
         (layer, m) for layer in range(1, 1 + layers) for m in range(1, 1 + T)]
     assert '| a | 2 |' in trained.out
     assert (trained.folder / 'results/counter.png').read_bytes()[:4] == b'\x89PNG'
+    uses = read_csv(trained.folder / 'results/counter-use.csv')
+    assert [int(r['layer']) for r in uses] == list(range(1, 1 + layers))
+    val = lib.text('code', data_dir)[1]
+    short = counter.windows(val, T, 12)
+    long = counter.windows(val, 4 * T, 6)
+    outputs = counter.attention_outputs(model, short[:6, :-1])
+    long_outputs = counter.attention_outputs(model, long[:3, :-1])
+    expected = counter.use(model, 1, outputs[1], short[6:], long_outputs[1], long[3:])
+    assert [float(value) for value in list(uses[1].values())[2:]] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert '| a | 2 | ' + ' | '.join(f'{value:.2f}' for value in expected) + ' |' in trained.out
+    told = []
+    monkeypatch.setattr(counter, 'use', lambda model, layer, *given: told.append(given) or (0.0,) * 7)
+    counter.measure('a', trained.folder / 'out/a', SimpleNamespace(texts=12, data_dir=data_dir))
+    for y, long_y, given in zip(outputs, long_outputs, told, strict=True):
+        torch.testing.assert_close(given, (y, short[6:], long_y, long[3:]))
     idx = torch.randint(256, (7, T))
     for batch in (3, 7):
         found = counter.attention_outputs(model, idx, batch)
@@ -80,6 +97,75 @@ def test_counter(trained, data_dir):
         for y, (_, own) in zip(found, layer_calls(model, idx)):
             torch.testing.assert_close(y, own)
     trained('experiments/counter.py', 'out/a', '--texts', 3, code=2)
+
+
+def test_a_coordinate_is_exchanged(trained):
+    """In that layer, along that direction, for that call only; its own coordinate changes nothing."""
+    model, _ = load_run(trained.folder / 'out/a')
+    T = model.config.block_size
+    idx = torch.randint(256, (5, T + 1))
+    own = counter.losses(model, idx)
+    expected = torch.nn.functional.cross_entropy(model(idx[:, :-1])[0].flatten(0, 1), idx[:, 1:].flatten())
+    torch.testing.assert_close(own.mean(), expected)
+    y = counter.attention_outputs(model, idx[:, :-1])[1]  # (5, T, C)
+    direction = counter.at_first(y)
+    torch.testing.assert_close(direction, y[:, 0].mean(0) / y[:, 0].mean(0).norm())
+    own_again = counter.losses(model, idx[:1], 1, direction, y[0] @ direction)
+    torch.testing.assert_close(own_again, counter.losses(model, idx[:1]))
+
+    seen = []
+    hook = model.h[1].ln_2.register_forward_hook(lambda _, args, out: seen.append(args[0]))
+    curve = torch.linspace(-3, 3, T)
+    changed = counter.losses(model, idx, 1, direction, curve, batch=3)
+    torch.testing.assert_close(counter.losses(model, idx), own)  # the next call is without it
+    hook.remove()
+    after = torch.cat(seen[:2]) - torch.cat(seen[2:]) + y  # what the layer added to the residual stream
+    torch.testing.assert_close(after @ direction, curve.expand(5, T), atol=1e-4, rtol=1e-4)
+    rest = after - (after @ direction)[..., None] * direction
+    torch.testing.assert_close(rest, y - (y @ direction)[..., None] * direction, atol=1e-4, rtol=1e-4)
+    assert (changed - own).abs().max() > 1e-4
+
+
+def test_what_is_exchanged(trained, monkeypatch):
+    """The first half of the texts tells direction and curve; the losses are those of other texts."""
+    model, _ = load_run(trained.folder / 'out/a')
+    T = model.config.block_size
+    idx = torch.randint(256, (6, T + 1))
+    long = torch.randint(256, (2, 4 * T + 1))
+    y = counter.attention_outputs(model, torch.randint(256, (4, T)))[1]
+    y[..., 0] += torch.linspace(50, -9, T)  # a counter
+    long_y = torch.randn(3, 4 * T, y.size(2))
+    calls = []
+
+    def record(model, idx, layer=None, direction=None, curve=None):
+        calls.append((idx, layer, direction, curve))
+        return torch.arange(idx.size(1) - 1.0)
+    monkeypatch.setattr(counter, 'losses', record)
+    found = counter.use(model, 1, y, idx, long_y, long)
+    assert found == [(T - 1) / 2] * 4 + [3 * T - 0.5] * 3, 'means of all positions; of the second half'
+    assert all(call[0] is idx for call in calls[:4]) and all(call[0] is long for call in calls[4:])
+    assert calls[0][1:] == calls[4][1:] == (None, None, None) and {c[1] for c in calls[1:4] + calls[5:]} == {1}
+    direction = counter.at_first(y)
+    curve = (y @ direction).mean(0)
+    for n, expected in ((1, curve.mean()), (2, curve), (5, (long_y @ direction).mean(0))):
+        torch.testing.assert_close(calls[n][2:], (direction, expected))
+    random = calls[3][2]
+    assert random.norm() == pytest.approx(1) and abs(random @ direction) < 0.9
+    torch.testing.assert_close(calls[3][3], (y @ random).mean())
+    squeezed = calls[6][3]
+    assert len(squeezed) == 4 * T and squeezed[0] == pytest.approx(curve[0].item())
+    at = 50 * (T - 1) / (4 * T - 1)  # between two places of the short curve
+    before, after = curve[int(at)].item(), curve[int(at) + 1].item()
+    assert squeezed[50] == pytest.approx(before + at % 1 * (after - before))
+    assert squeezed[-1] == pytest.approx(curve[-1].item())
+    assert counter.use(model, 1, y, idx, None, None)[4:] == [None] * 3
+
+
+def test_windows():
+    texts = counter.windows(np.arange(1000), 9, 50)
+    assert texts.shape == (50, 10) and (texts.diff(dim=1) == 1).all()
+    assert texts.min() == 0 and texts.max() == 999 and len(texts[:, 0].unique()) == 50
+    assert abs(texts[:25].float().mean() - 500) < 150, 'both halves are from all over the text'
 
 
 def test_probe(trained, data_dir):

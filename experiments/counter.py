@@ -9,14 +9,17 @@ outputs of the other half are projected onto it. If the coordinate moves steadil
 the squared length (the share; 1 / n_embd in a random direction), the layer holds a counter. Lines over log m and sqrt
 m tell which of the two it follows.
 
-The second table tells what the coordinate is for. The model runs again on the other half with another coordinate:
+The second table tells what the coordinate is for: losses, in nats per token, of the other half of the texts when the
+model runs with another coordinate.
   constant         its mean over all positions: the counter is gone
   position alone   its mean at each position: all else that it says is gone
-  another          constant along a random direction: what any such change does
+  aside            the change that `constant` makes, along a random direction at right angles to it: what any change of
+                   this size does
   far              nothing is changed; the second half of texts of 4 times the training length, as in the next two
-  far, alone       position alone
-  squeezed         position m gets the mean that position m / 4 has in training
-Losses are in nats per token.
+  far alone        position alone
+  squeezed         the means of positions 1 ... T spread evenly over 1 ... 4T: position m gets about that of m / 4
+Half as many long texts, other ones, tell the means of `far alone`, and as many are measured. The last columns are the
+coordinate itself: its 1 % quantile within the training length, and its means at 2T and 4T.
 For causal models of any scheme. Writes experiments/results/counter.csv, counter-use.csv and counter.png (with --quick
 in out/quick).
 """
@@ -32,7 +35,8 @@ from common import die
 from sample import load_run
 
 HEADER = 'run', 'layer', 'm', 'coordinate', 'deviation', 'share'
-USE = 'run', 'layer', 'loss', 'constant', 'position_alone', 'another', 'far', 'far_alone', 'squeezed'
+LOSSES = 'loss', 'constant', 'position_alone', 'aside', 'far', 'far_alone', 'squeezed'
+USE = 'run', 'layer', *LOSSES, 'lowest', 'at_2T', 'at_4T'
 
 
 @torch.no_grad()
@@ -75,13 +79,14 @@ def fits(coordinate):
 
 
 @torch.no_grad()
-def losses(model, idx, layer=0, direction=None, curve=None, batch=25):
+def losses(model, idx, layer=0, direction=None, curve=None, aside=None, batch=25):
     """Loss at each position (T,) of the texts idx (N, T + 1).
 
     direction (C,), curve (T,) or one number: what the output of the layer's attention gets as its coordinate there.
+    aside (C,): the change is made along it instead.
     """
     def exchange(_, __, y):
-        return y + (curve - y @ direction)[..., None] * direction
+        return y + (curve - y @ direction)[..., None] * (direction if aside is None else aside)
     hooks = [] if curve is None else [model.h[layer].attn.register_forward_hook(exchange)]
     found = []
     for part in idx.split(batch):
@@ -93,22 +98,26 @@ def losses(model, idx, layer=0, direction=None, curve=None, batch=25):
 
 
 def use(model, layer, y, idx, long_y, long):
-    """Losses of the texts idx (N, T + 1) and long (N, 4T + 1) with other coordinates, as in USE.
+    """Losses of the texts idx (N, T + 1) and long (M, 4T + 1) with other coordinates, and the rest of USE.
 
-    The layer's outputs for other texts, y (N, T, C) and long_y (N, 4T, C), tell direction and curves. long may be None.
+    The layer's outputs for other texts, y (N, T, C) and long_y (M, 4T, C), tell direction and curves. long may be None.
     """
     direction = at_first(y)
-    curve = (y @ direction).mean(0)  # (T,)
-    random = F.normalize(torch.randn(len(direction), generator=torch.Generator().manual_seed(layer)), dim=0)
-    known = [(), (layer, direction, curve.mean()), (layer, direction, curve), (layer, random, (y @ random).mean())]
+    along = y @ direction  # (N, T)
+    curve = along.mean(0)
+    random = torch.randn(len(direction), generator=torch.Generator().manual_seed(layer))
+    aside = F.normalize(random - (random @ direction) * direction, dim=0)
+    known = [(), (layer, direction, curve.mean()), (layer, direction, curve), (layer, direction, curve.mean(), aside)]
     found = [losses(model, idx, *change).mean() for change in known]
+    lowest = along.flatten().quantile(0.01)
     if long is None:
-        return [*map(float, found), None, None, None]
+        return [*map(float, found), None, None, None, float(lowest), None, None]
     T, n = len(curve), long.size(1) - 1
     squeezed = torch.from_numpy(np.interp(np.linspace(1, T, n), np.arange(1, T + 1), curve)).to(curve)
-    known = [(), (layer, direction, (long_y @ direction).mean(0)), (layer, direction, squeezed)]
+    far = (long_y @ direction).mean(0)  # (4T,)
+    known = [(), (layer, direction, far), (layer, direction, squeezed)]
     found += [losses(model, long, *change)[n // 2:].mean() for change in known]
-    return list(map(float, found))
+    return list(map(float, (*found, lowest, far[n // 2 - 1], far[-1])))
 
 
 def windows(ids, T, texts):
@@ -156,10 +165,12 @@ def print_table(curves):
 
 
 def print_uses(uses):
-    print('\n| run | layer | loss | constant | position alone | another | far | far, alone | squeezed |\n'
-          + '|---' * 9 + '|')
+    names = [name.replace('_', ' ') for name in USE]
+    print(f'\n| {" | ".join(names)} |\n' + '|---' * len(USE) + '|')
     for name, layer, *values in uses:
-        print(f'| {name} | {layer} | ' + ' | '.join('-' if x is None else f'{x:.2f}' for x in values) + ' |')
+        cells = ['-' if x is None else f'{x:.2f}' for x in values[:len(LOSSES)]]
+        cells += ['-' if x is None else f'{x:.1f}' for x in values[len(LOSSES):]]
+        print(f'| {name} | {layer} | ' + ' | '.join(cells) + ' |')
 
 
 def draw(curves):

@@ -15,8 +15,9 @@ What does not change the attention is taken off: the mean of each row of a score
 product of a row, the largest e^b. Every layer is checked: the weights, times the values, must give the layer's own
 output; otherwise nothing is drawn.
 
-The same as numbers:
+The same as numbers (in experiments/, after `sys.path.append('..')`):
 
+    from look_inside import load_run, look, measured, torch
     model, checkpoint = load_run('out/composite-causal-python')
     layers, _ = look(model, torch.tensor([list(b'def get(self, name):')]), measured)
     print(layers[0]['weights'][-1])  # layer 1, the head furthest from equal weights: what the last token attends to

@@ -395,13 +395,13 @@ def parts(gpu, small):
         return lambda qkv: with_backend(which)(*heads(qkv))
 
     flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-    far = {'flash': softmax(flash)} | ({'cuDNN': softmax(cudnn)} if gpu else {})
+    softmaxes = {'flash': softmax(flash)} | ({'cuDNN': softmax(cudnn)} if gpu else {})
     return {
         'depthwise convolution': ((x, taps), {
             'depthwise_conv (conv1d)': conv.depthwise_conv, 'conv1d, contiguous (B, C, T)': conv1d, 'shifts': shifts}),
         'query-made kernel': ((qkv, kernel), {
             'product': product, 'product, wider': wider, 'per head': per_head, 'per head, wider': per_head_wider}),
-        'softmax to far tokens': ((qkv,), far),
+        'softmax attention': ((qkv,), softmaxes),
     }
 
 

@@ -562,7 +562,7 @@ def test_forms_of_a_part_are_equal():
             found.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
         for other in found[1:]:
             torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-3)
-        assert len(forms) > 1 or part == 'softmax to far tokens'
+        assert len(forms) > 1 or part == 'softmax attention'
 
 
 def test_speed_steps_and_parts(monkeypatch, capsys, tmp_path, checkouts):

@@ -84,9 +84,10 @@ def test_counter(trained, data_dir, monkeypatch):
     long_outputs = counter.attention_outputs(model, long[:3, :-1])
     expected = counter.use(model, 1, outputs[1], short[6:], long_outputs[1], long[3:])
     assert [float(value) for value in list(uses[1].values())[2:]] == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    assert '| a | 2 | ' + ' | '.join(f'{value:.2f}' for value in expected) + ' |' in trained.out
+    assert '| a | 2 | ' + ' | '.join(f'{value:.2f}' for value in expected[:7]) + ' | ' in trained.out
+    assert ' | '.join(f'{value:.1f}' for value in expected[7:]) + ' |\n' in trained.out
     told = []
-    monkeypatch.setattr(counter, 'use', lambda model, layer, *given: told.append(given) or (0.0,) * 7)
+    monkeypatch.setattr(counter, 'use', lambda model, layer, *given: told.append(given) or (0.0,) * 10)
     counter.measure('a', trained.folder / 'out/a', SimpleNamespace(texts=12, data_dir=data_dir))
     for y, long_y, given in zip(outputs, long_outputs, told, strict=True):
         torch.testing.assert_close(given, (y, short[6:], long_y, long[3:]))
@@ -125,6 +126,15 @@ def test_a_coordinate_is_exchanged(trained):
     torch.testing.assert_close(rest, y - (y @ direction)[..., None] * direction, atol=1e-4, rtol=1e-4)
     assert (changed - own).abs().max() > 1e-4
 
+    seen.clear()
+    hook = model.h[1].ln_2.register_forward_hook(lambda _, args, out: seen.append(args[0]))
+    aside = torch.eye(y.size(2))[3]
+    counter.losses(model, idx, 1, direction, curve, aside)
+    counter.losses(model, idx)
+    hook.remove()
+    expected = (curve - y @ direction)[..., None] * aside
+    torch.testing.assert_close(seen[0] - seen[1], expected, atol=1e-4, rtol=1e-4)
+
 
 def test_what_is_exchanged(trained, monkeypatch):
     """The first half of the texts tells direction and curve; the losses are those of other texts."""
@@ -137,28 +147,32 @@ def test_what_is_exchanged(trained, monkeypatch):
     long_y = torch.randn(3, 4 * T, y.size(2))
     calls = []
 
-    def record(model, idx, layer=None, direction=None, curve=None):
-        calls.append((idx, layer, direction, curve))
+    def record(model, idx, layer=None, direction=None, curve=None, aside=None):
+        calls.append((idx, layer, direction, curve, aside))
         return torch.arange(idx.size(1) - 1.0)
     monkeypatch.setattr(counter, 'losses', record)
     found = counter.use(model, 1, y, idx, long_y, long)
-    assert found == [(T - 1) / 2] * 4 + [3 * T - 0.5] * 3, 'means of all positions; of the second half'
+    assert found[:7] == [(T - 1) / 2] * 4 + [3 * T - 0.5] * 3, 'means of all positions; of the second half'
     assert all(call[0] is idx for call in calls[:4]) and all(call[0] is long for call in calls[4:])
-    assert calls[0][1:] == calls[4][1:] == (None, None, None) and {c[1] for c in calls[1:4] + calls[5:]} == {1}
+    assert calls[0][1:] == calls[4][1:] == (None,) * 4 and {c[1] for c in calls[1:4] + calls[5:]} == {1}
     direction = counter.at_first(y)
     curve = (y @ direction).mean(0)
-    for n, expected in ((1, curve.mean()), (2, curve), (5, (long_y @ direction).mean(0))):
-        torch.testing.assert_close(calls[n][2:], (direction, expected))
-    random = calls[3][2]
-    assert random.norm() == pytest.approx(1) and abs(random @ direction) < 0.9
-    torch.testing.assert_close(calls[3][3], (y @ random).mean())
+    far = (long_y @ direction).mean(0)
+    for n, expected in ((1, curve.mean()), (2, curve), (3, curve.mean()), (5, far)):
+        torch.testing.assert_close(calls[n][2:4], (direction, expected))
+        assert (calls[n][4] is None) == (n != 3)
+    aside = calls[3][4]
+    assert aside.norm() == pytest.approx(1) and abs(aside @ direction) < 1e-6
+    within = (y @ direction).flatten()
+    assert (within < found[7]).float().mean() == pytest.approx(0.01, abs=1 / len(within))
+    torch.testing.assert_close(torch.tensor(found[8:]), far[[2 * T - 1, 4 * T - 1]])
     squeezed = calls[6][3]
     assert len(squeezed) == 4 * T and squeezed[0] == pytest.approx(curve[0].item())
     at = 50 * (T - 1) / (4 * T - 1)  # between two places of the short curve
     before, after = curve[int(at)].item(), curve[int(at) + 1].item()
     assert squeezed[50] == pytest.approx(before + at % 1 * (after - before))
     assert squeezed[-1] == pytest.approx(curve[-1].item())
-    assert counter.use(model, 1, y, idx, None, None)[4:] == [None] * 3
+    assert counter.use(model, 1, y, idx, None, None)[4:] == [None] * 3 + [found[7]] + [None] * 2
 
 
 def test_windows():

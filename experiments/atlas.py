@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from compare import SCHEMES, colors
+from curves import label_points
 from laptop import in_turns
 from lib import common_flags, parse, pyplot, read_csv, save, write_csv
 from speed import training_step
@@ -175,16 +176,17 @@ def draw(rows):
     fig, axes = pyplot().subplots(1, 2, figsize=(12, 4.5), layout='constrained')
     color = colors([row[0] for row in rows])
     for ax, objective in zip(axes, ('causal', 'masked')):
+        points = []
         for values in rows:
             row = dict(zip(HEADER, values))
             if row[objective] is not None and row['step_128'] is not None:
-                ax.plot(row['step_128'], row[objective], 'o', color=color[row['scheme']])
-                ax.annotate(row['scheme'], (row['step_128'], row[objective]), (5, 3), textcoords='offset points',
-                            fontsize=8, color=color[row['scheme']])
+                points.append((row['step_128'], row[objective], row['scheme'], color[row['scheme']]))
+                ax.plot(*points[-1][:2], 'o', color=points[-1][3])
         ax.set(title=f'{objective} language model', xlabel='time of a step, 128 tokens, in steps of nope',
                ylabel='last validation loss (nats per token)')
         ax.margins(x=0.15)
         ax.grid(alpha=0.3)
+        label_points(ax, points)
     return fig
 
 

@@ -55,6 +55,24 @@ def label_ends(ax, ends):
         free += (high - low) / 25
 
 
+def label_points(ax, points):
+    """Write a name beside each dot (x, y, name, color), on the first side where it covers no dot and no other name."""
+    from matplotlib.transforms import Bbox  # here: matplotlib may be missing
+    ax.figure.draw_without_rendering()  # places the axes
+    names = []
+    dots = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in ax.transData.transform([p[:2] for p in points])]
+    sides = [(6, 3, 'left'), (6, -9, 'left'), (-6, 3, 'right'), (-6, -9, 'right'), (0, 7, 'center'), (0, -14, 'center')]
+    for x, y, name, color in points:
+        for dx, dy, ha in sides:
+            label = ax.annotate(name, (x, y), (dx, dy), textcoords='offset points', ha=ha, fontsize=8, color=color)
+            if not label.get_window_extent().count_overlaps(dots + names):
+                break
+            label.remove()
+        else:  # no side is free
+            label = ax.annotate(name, (x, y), sides[0][:2], textcoords='offset points', fontsize=8, color=color)
+        names.append(label.get_window_extent())
+
+
 def draw(runs):
     """runs: {name: rows} -> the figure."""
     plt = pyplot()

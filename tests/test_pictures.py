@@ -289,3 +289,21 @@ def test_curves_refuses(text, message, tmp_path, monkeypatch, capsys):
         curves.main()
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count('\n') == 1 and message in err and not (tmp_path / 'out').exists()
+
+
+def test_names_beside_dots_cover_nothing():
+    """Four dots too near for names on the same side; where no side is free, the name is still there."""
+    fig, ax = lib.pyplot().subplots(figsize=(5, 4))
+    points = [(0, 0, 'first', 'C0'), (0.05, 0.01, 'second', 'C1'), (0.1, 0, 'third', 'C2'), (0.02, 0.04, 'fourth', 'C3')]
+    for x, y, _, color in points:
+        ax.plot(x, y, 'o', color=color)
+    ax.set(xlim=(-0.5, 0.5), ylim=(-0.5, 0.5))
+    curves.label_points(ax, points)
+    assert [label.get_text() for label in ax.texts] == [point[2] for point in points]
+    boxes = [label.get_window_extent() for label in ax.texts]
+    for n, box in enumerate(boxes):
+        assert not box.count_overlaps(boxes[:n])
+        assert not any(box.contains(*ax.transData.transform(point[:2])) for point in points)
+    curves.label_points(ax, [(0, 0, f'name {n}', 'C0') for n in range(9)])
+    assert len(ax.texts) == 13
+    lib.pyplot().close(fig)

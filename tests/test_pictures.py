@@ -294,7 +294,7 @@ def test_curves_refuses(text, message, tmp_path, monkeypatch, capsys):
 def test_names_beside_dots_cover_nothing():
     """Four dots too near for names on the same side; where no side is free, the name is still there."""
     fig, ax = lib.pyplot().subplots(figsize=(5, 4))
-    points = [(0, 0, 'first', 'C0'), (0.05, 0.01, 'second', 'C1'), (0.1, 0, 'third', 'C2'), (0.02, 0.04, 'fourth', 'C3')]
+    points = [(0, 0, 'one', 'C0'), (0.05, 0.01, 'two', 'C1'), (0.1, 0, 'three', 'C2'), (0.02, 0.04, 'four', 'C3')]
     for x, y, _, color in points:
         ax.plot(x, y, 'o', color=color)
     ax.set(xlim=(-0.5, 0.5), ylim=(-0.5, 0.5))

@@ -462,8 +462,8 @@ ERRORS = {
         'torch.arange(self.n_head, '),
     'ALiBi: exponent of the slopes': (
         ALIBI,
-        '2 ** (-8 * torch',
-        '2 ** (-4 * torch'),
+        '2 ** (-8 * torch.arange(1, self',
+        '2 ** (-4 * torch.arange(1, self'),
     'ALiBi: distance one off': (
         ALIBI,
         '(j[S - T:, None] - j).abs()',

@@ -397,7 +397,7 @@ class Parser(argparse.ArgumentParser):
             if flag is None or flag in self._option_string_actions:
                 die(f'{title}: the field {field.name} of {cls.__name__} must be bool, int, float, str or Literal[...], '
                     'and no other flag may have its name')
-            note = f'{notes.get(field.name, "")} (default {field.default!r})'.replace('%', '%%')
+            note = notes.get(field.name, '').replace('%', '%%') + ' (default %(default)r)'
             group.add_argument(flag, default=field.default, help=note, **how)
 
 
@@ -417,7 +417,11 @@ def read_config(path):
         values = json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as e:
         die(f'--config {path} cannot be read: {e}')
-    return values if isinstance(values, dict) else die(f'--config {path} must hold a JSON object of settings')
+    if not isinstance(values, dict):
+        die(f'--config {path} must hold a JSON object of settings')
+    if found := {'preset', 'config', 'out_dir', 'resume', 'overwrite', 'eval_only', 'help'} & values.keys():
+        die(f'--config {path} must hold settings only: {", ".join(sorted(found))} belongs on the command line')
+    return values
 
 
 def drop_other_scheme(file, model):

@@ -15,7 +15,7 @@ The kernel has kernel_size = 2k+1 entries; offsets beyond +-k share the end entr
 reads as if they were cut off). All heads of a layer share W; each head has its own beta. `dynamic_key` adds the mirror
 image, k_j.W'_{i-j} / sqrt(hs), which did not help in the paper.
 
-Departures from the paper: pre-norm blocks, no dropout on the attention weights.
+Departures from the paper: causal models too, pre-norm blocks, no dropout on the attention weights.
 Plain form: attend_dense; test_equivalence.py proves it equal to Shaw's embeddings, to T5's bias and to convolutions
 written as loops. Fast form: attend_fast (last part of this file), proved equal to the plain form.
 """
@@ -47,13 +47,13 @@ class Config:
     dynamic: bool = True  # query-made kernel (Shaw et al. 2018)
     fixed: bool = True  # learned kernel (T5)
     dynamic_key: bool = False  # key-made kernel, its offsets mirrored
-    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # fast: without a (T, T) matrix; auto: fast for long texts
+    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # fast: no (T, T) matrix for long texts; auto: the quicker
 
 
 def visible(T, S, causal=True, valid=None, device=None):
     """Which of S keys each of the last T tokens sees: bool (T, S), or (B, 1, T, S) with padding.
 
-    valid (B, S) bool: False is padding. Only padding itself sees it, so that no row of the softmax is empty.
+    valid (B, S) bool: False is padding, seen by its own query alone, so that no row of the softmax is empty.
     """
     i = torch.arange(S - T, S, device=device)[:, None]
     j = torch.arange(S, device=device)
@@ -67,7 +67,7 @@ def along_diagonals(kernel, past, n):
     Row i stands at position past + i; its column j gets the entry of offset clip(j - past - i, -k, k). For three rows
     with the kernels abc, def, ghi (k = 1), past = 0 and n = 3:
 
-        ends repeated        the same numbers from the third on, in rows of 5        first 3 columns
+        ends repeated        from the T-th number on, in rows of T + n - 1 = 5       first 3 columns
         a a b c c c          b c c c d                                               b c c
         d d e f f f          d e f f f                                               d e f
         g g h i i i          g g h i i                                               g g h
@@ -94,7 +94,7 @@ def attend_dense(q, k, v, kernel_scores, causal=True, valid=None, key_kernel_sco
     valid (B, S) bool: False is padding. Returns (B, nh, T, hs).
     """
     T, S = q.size(2), k.size(2)
-    att = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S)
+    att = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S)
     att = att + along_diagonals(kernel_scores, S - T, S)
     if key_kernel_scores is not None:
         att = att + along_diagonals(key_kernel_scores, T - S, T).transpose(-2, -1)
@@ -265,8 +265,9 @@ class Model(nn.Module):
 def attend_fast(q, k, v, kernel_scores, causal=True):
     """The value of attend_dense without a (T, T) matrix, forward and backward. Arguments as there; no padding, T = S.
 
-    On a CPU it goes block by block (InBlocks), for long texts, on a GPU and when compiled far and near (FarNear).
-    ValueError where torch has no flash attention kernel for q.
+    On a CPU it goes block by block (InBlocks); on a GPU, when compiled, and for causal texts of 4,096 tokens and more
+    far and near (FarNear).
+    ValueError where FarNear needs a flash attention kernel for q that torch has not.
     """
     if blocks_are_quicker(q, causal):
         return attend_in_blocks(q, k, v, kernel_scores, causal)
@@ -276,9 +277,9 @@ def attend_fast(q, k, v, kernel_scores, causal=True):
 def fast_is_quicker(q, kernel_size):
     """Whether attend_fast can be used for q (B, nh, T, hs) and is the quicker form there.
 
-    On a CPU, T = 128, 256, causal: attend_dense 26.4, 42.5 ms, blocks 18.3, 25.3 ms; in bfloat16 12.9, 20.5 ms and
-    17.7, 17.6 ms (forward and backward, 3,072 tokens, heads of 32, two threads of an AVX512-BF16 CPU); forward alone
-    blocks are quicker at 128 in bfloat16, too. Elsewhere from 256 tokens on: measured on a CPU, not on a GPU.
+    On a CPU, T = 128 and 256, causal, forward and backward of 3,072 tokens, heads of 32, two threads with AVX512-BF16:
+    float32: attend_dense 26.4 and 42.5 ms, blocks 18.3 and 25.3; bfloat16: attend_dense 12.9 and 20.5 ms, blocks 17.7
+    and 17.6, but forward alone blocks are quicker at 128, too. On a GPU and when compiled: a guess, not measured.
     """
     least = max(256, 8 * kernel_size)
     if on_cpu(q):
@@ -304,8 +305,6 @@ def on_cpu(q):
 def attend_in_blocks(q, k, v, kernel_scores, causal=True):
     """attend_fast on a CPU: a block of the (T, T) matrix at a time, small enough to stay in the cache."""
     wide = torch.promote_types(q.dtype, torch.float32)  # of the scores
-    if kernel_scores.size(-1) == 1:  # all offsets share the one entry
-        kernel_scores = kernel_scores.expand(*kernel_scores.shape[:-1], 3)
     kernel = kernel_scores.to(wide) - kernel_scores[..., :1]  # a softmax does not change when its whole row does
     return InBlocks.apply(q, k, v, kernel.expand(q.size(0), -1, -1, -1), causal)
 
@@ -368,7 +367,7 @@ class InBlocks(torch.autograd.Function):
                 middle = slice(queries[1].start, queries[1].stop + 2 * reach)
                 beyond = ds[..., middle.stop:].sum(-1)
                 d_kernel[queries][..., -1] = beyond + ds[..., middle].triu(2 * reach).sum(-1)
-        d_kernel[..., 0] = 0  # the left end was taken off: the rest says what it gets
+        d_kernel[..., 0] = 0  # this entry was subtracted from its row: autograd gives it minus the sum of the rest
         inside = slice(reach, reach + q.size(1))
         gradients = [dq * q.size(-1) ** -0.5, dk[:, inside].to(k.dtype), dv[:, inside].to(v.dtype), d_kernel]
         return *[x.unflatten(0, shape) for x in gradients], None
@@ -424,7 +423,7 @@ def near_keys(block, queries, reach, causal):
 
 
 def attend_far_and_near(q, k, v, kernel_scores, causal=True):
-    """attend_fast on a GPU, in memory O(T (hs + k)).
+    """attend_fast in memory O(T (hs + k)): on a GPU, when compiled, and for long causal texts on a CPU.
 
     The paper's idea as an algorithm: attention = global content + local convolution. All keys at k tokens or more share
     an end entry of the kernel, and a softmax does not change when one number is added to its whole row. So we subtract
@@ -449,7 +448,7 @@ def attend_far_and_near(q, k, v, kernel_scores, causal=True):
         return attend_dense(q, k, v, kernel_scores, causal)
     kernel_scores = kernel_scores.to(torch.promote_types(q.dtype, torch.float32)).expand(q.size(0), -1, -1, -1)
     left_end = kernel_scores[..., :1]
-    near = kernel_scores[..., 1:far + 1 if causal else -1] - left_end  # (B, nh, T, W)
+    near = kernel_scores[..., 1:(far + 1 if causal else -1)] - left_end  # (B, nh, T, W)
     right = None if causal else (kernel_scores[..., -1:] - left_end).squeeze(-1)  # (B, nh, T)
     return FarNear.apply(q, k, v, near, right, far).transpose(1, 2)
 

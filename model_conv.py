@@ -17,10 +17,11 @@ Where they enter, each with a switch of its own:
                            a softmax over its width (Wu et al. 2019); --no-output makes it the convolution alone
 
 In the scores offsets beyond +-k share the end entry, as in model_composite.py. Elsewhere the kernel of a causal model
-has all its kernel_size entries in the past. Departures from the paper: pre-norm blocks, no dropout on the attention
-weights, no bias in the depthwise convolutions; the mixer 'dynamic' has a query-made kernel whose W the heads share.
-The default, scores and output, had the lowest loss of eight combinations. Plain forms: loops and banded Toeplitz
-matrices in test_equivalence.py. Fast forms: conv1d, and attend_fast (last part of this file) for the scores.
+weighs the token itself and the 2k before it. Departures from the paper: causal models too, pre-norm blocks, no dropout
+on the attention weights, no bias in the depthwise convolutions; the mixer 'dynamic' has a query-made kernel whose W the
+heads share. The default, scores and output, has the lowest loss of the pairs in experiments/README.md after 600 steps.
+Plain forms: loops and banded Toeplitz matrices in test_equivalence.py. Fast forms: conv1d, and attend_fast (last part
+of this file) for the scores.
 """
 import math
 from dataclasses import dataclass
@@ -45,20 +46,20 @@ class Config:
     init_std: float = 0.02  # standard deviation of the initial Linear and Embedding weights
     scale_residual_init: bool = True  # scale the residual projections by 1/sqrt(2 n_layer), as GPT-2 does
     # the position scheme
-    kernel_size: int = 17  # entries of a kernel, odd: 2k+1 offsets in the scores, elsewhere 2k+1 tokens of the past
+    kernel_size: int = 17  # entries of a kernel, 2k+1: offsets -k ... k in the scores; elsewhere -2k ... 0 if causal
     lightweight: bool = True  # learned kernel in the scores
     dynamic: bool = True  # query-made kernel in the scores
     queries_keys: bool = False  # convolution makes the queries and keys of half the heads
     values: bool = False  # convolution makes the values of half the heads
     output: bool = True  # convolution of the values, added after the softmax
-    mixer: Literal['attention', 'lightweight', 'dynamic'] = 'attention'  # attention, or a convolution that replaces it
-    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # fast: without a (T, T) matrix; auto: fast for long texts
+    mixer: Literal['attention', 'lightweight', 'dynamic'] = 'attention'  # or this convolution replaces it
+    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # fast: no (T, T) matrix for long texts; auto: the quicker
 
 
 def visible(T, S, causal=True, valid=None, device=None):
     """Which of S keys each of the last T tokens sees: bool (T, S), or (B, 1, T, S) with padding.
 
-    valid (B, S) bool: False is padding. Only padding itself sees it, so that no row of the softmax is empty.
+    valid (B, S) bool: False is padding, seen by its own query alone, so that no row of the softmax is empty.
     """
     i = torch.arange(S - T, S, device=device)[:, None]
     j = torch.arange(S, device=device)
@@ -72,7 +73,7 @@ def along_diagonals(kernel, past, n):
     Row i stands at position past + i; its column j gets the entry of offset clip(j - past - i, -k, k). For three rows
     with the kernels abc, def, ghi (k = 1), past = 0 and n = 3:
 
-        ends repeated        the same numbers from the third on, in rows of 5        first 3 columns
+        ends repeated        from the T-th number on, in rows of T + n - 1 = 5       first 3 columns
         a a b c c c          b c c c d                                               b c c
         d d e f f f          d e f f f                                               d e f
         g g h i i i          g g h i i                                               g g h
@@ -90,19 +91,16 @@ def along_diagonals(kernel, past, n):
     return rows.as_strided((*rows.shape[:-1], n), (*rows.stride()[:-2], T + n - 1, 1), T - 1)
 
 
-def attend_dense(q, k, v, kernel_scores, causal=True, valid=None, key_kernel_scores=None):
-    """Softmax attention whose scores get a number for each clipped offset (equation 6). Time and memory O(T S).
+def attend_dense(q, k, v, kernel_scores, causal=True, valid=None):
+    """Softmax attention whose scores get a number for each clipped offset (equations 4, 5). Time and memory O(T S).
 
     q (B, nh, T, hs), k and v (B, nh, S, hs), S >= T: the queries are the last T of S tokens.
     kernel_scores (B or 1, nh, T, 2k+1): entry clip(j - i, -k, k) + k is added to the score of query i and key j.
-    key_kernel_scores (B, nh, S, 2k+1): made by the keys; entry clip(i - j, -k, k) + k is added.
     valid (B, S) bool: False is padding. Returns (B, nh, T, hs).
     """
     T, S = q.size(2), k.size(2)
-    att = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S)
+    att = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S)
     att = att + along_diagonals(kernel_scores, S - T, S)
-    if key_kernel_scores is not None:
-        att = att + along_diagonals(key_kernel_scores, T - S, T).transpose(-2, -1)
     att = att.masked_fill_(~visible(T, S, causal, valid, q.device), -math.inf).softmax(-1)
     return att.to(v.dtype) @ v  # (B, nh, T, S) x (B, nh, S, hs) -> (B, nh, T, hs)
 
@@ -115,7 +113,7 @@ def dynamic_conv(x, w, causal=True, past=0):
     """
     K, T = w.size(-1), x.size(2) - past
     left = K - 1 if causal else K // 2
-    x = F.pad(x, (0, 0, left - past, K - 1 - left))  # (B, nh, T+K-1, hs); drops the tokens that no kernel reaches
+    x = F.pad(x, (0, 0, left - past, K - 1 - left))  # (B, nh, T+K-1, hs)
     return sum(w[..., r:r + 1] * x[:, :, r:r + T] for r in range(K))
 
 
@@ -326,8 +324,9 @@ class Model(nn.Module):
 def attend_fast(q, k, v, kernel_scores, causal=True):
     """The value of attend_dense without a (T, T) matrix, forward and backward. Arguments as there; no padding, T = S.
 
-    On a CPU it goes block by block (InBlocks), for long texts, on a GPU and when compiled far and near (FarNear).
-    ValueError where torch has no flash attention kernel for q.
+    On a CPU it goes block by block (InBlocks); on a GPU, when compiled, and for causal texts of 4,096 tokens and more
+    far and near (FarNear).
+    ValueError where FarNear needs a flash attention kernel for q that torch has not.
     """
     if blocks_are_quicker(q, causal):
         return attend_in_blocks(q, k, v, kernel_scores, causal)
@@ -337,9 +336,9 @@ def attend_fast(q, k, v, kernel_scores, causal=True):
 def fast_is_quicker(q, kernel_size):
     """Whether attend_fast can be used for q (B, nh, T, hs) and is the quicker form there.
 
-    On a CPU, T = 128, 256, causal: attend_dense 26.4, 42.5 ms, blocks 18.3, 25.3 ms; in bfloat16 12.9, 20.5 ms and
-    17.7, 17.6 ms (forward and backward, 3,072 tokens, heads of 32, two threads of an AVX512-BF16 CPU); forward alone
-    blocks are quicker at 128 in bfloat16, too. Elsewhere from 256 tokens on: measured on a CPU, not on a GPU.
+    On a CPU, T = 128 and 256, causal, forward and backward of 3,072 tokens, heads of 32, two threads with AVX512-BF16:
+    float32: attend_dense 26.4 and 42.5 ms, blocks 18.3 and 25.3; bfloat16: attend_dense 12.9 and 20.5 ms, blocks 17.7
+    and 17.6, but forward alone blocks are quicker at 128, too. On a GPU and when compiled: a guess, not measured.
     """
     least = max(256, 8 * kernel_size)
     if on_cpu(q):
@@ -365,8 +364,6 @@ def on_cpu(q):
 def attend_in_blocks(q, k, v, kernel_scores, causal=True):
     """attend_fast on a CPU: a block of the (T, T) matrix at a time, small enough to stay in the cache."""
     wide = torch.promote_types(q.dtype, torch.float32)  # of the scores
-    if kernel_scores.size(-1) == 1:  # all offsets share the one entry
-        kernel_scores = kernel_scores.expand(*kernel_scores.shape[:-1], 3)
     kernel = kernel_scores.to(wide) - kernel_scores[..., :1]  # a softmax does not change when its whole row does
     return InBlocks.apply(q, k, v, kernel.expand(q.size(0), -1, -1, -1), causal)
 
@@ -429,7 +426,7 @@ class InBlocks(torch.autograd.Function):
                 middle = slice(queries[1].start, queries[1].stop + 2 * reach)
                 beyond = ds[..., middle.stop:].sum(-1)
                 d_kernel[queries][..., -1] = beyond + ds[..., middle].triu(2 * reach).sum(-1)
-        d_kernel[..., 0] = 0  # the left end was taken off: the rest says what it gets
+        d_kernel[..., 0] = 0  # this entry was subtracted from its row: autograd gives it minus the sum of the rest
         inside = slice(reach, reach + q.size(1))
         gradients = [dq * q.size(-1) ** -0.5, dk[:, inside].to(k.dtype), dv[:, inside].to(v.dtype), d_kernel]
         return *[x.unflatten(0, shape) for x in gradients], None
@@ -485,7 +482,7 @@ def near_keys(block, queries, reach, causal):
 
 
 def attend_far_and_near(q, k, v, kernel_scores, causal=True):
-    """attend_fast on a GPU, in memory O(T (hs + k)).
+    """attend_fast in memory O(T (hs + k)): on a GPU, when compiled, and for long causal texts on a CPU.
 
     The paper's idea as an algorithm: attention = global content + local convolution. All keys at k tokens or more share
     an end entry of the kernel, and a softmax does not change when one number is added to its whole row. So we subtract
@@ -510,7 +507,7 @@ def attend_far_and_near(q, k, v, kernel_scores, causal=True):
         return attend_dense(q, k, v, kernel_scores, causal)
     kernel_scores = kernel_scores.to(torch.promote_types(q.dtype, torch.float32)).expand(q.size(0), -1, -1, -1)
     left_end = kernel_scores[..., :1]
-    near = kernel_scores[..., 1:far + 1 if causal else -1] - left_end  # (B, nh, T, W)
+    near = kernel_scores[..., 1:(far + 1 if causal else -1)] - left_end  # (B, nh, T, W)
     right = None if causal else (kernel_scores[..., -1:] - left_end).squeeze(-1)  # (B, nh, T)
     return FarNear.apply(q, k, v, near, right, far).transpose(1, 2)
 
@@ -691,5 +688,5 @@ def with_past(state, name, x, valid, keep):
     past = state[name].size(1) if name in state else 0
     if past:
         x = torch.cat((state[name], x), 1)  # (B, past + T, C)
-    state[name] = x[:, max(0, x.size(1) - keep):]
+    state[name] = x[:, max(0, x.size(1) - keep):].clone()  # not a view, which would keep the whole piece
     return x, past

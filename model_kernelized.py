@@ -15,13 +15,14 @@ attention sharp. `--no-normalize --no-rpe` is the plain random-feature attention
 The paper's tables lack one control, softmax with the same b: model_composite.py --no-dynamic --kernel_size 257.
 
 Departures from the paper: each layer has its own b (the paper shares it over the layers), and offsets beyond
-+-max_distance share the end weight (max_distance >= block_size is the paper's b). The random matrix is drawn once per
-layer, shared by the heads, and kept.
++-max_distance share the end weight. max_distance >= block_size is the paper's b, but then the end weight is not
+trained: for texts longer than block_size choose less. The random matrix is drawn once per layer, shared by the heads,
+and kept.
 Plain forms: attend_dense and attend_fft_plain. Fast forms: attend_fft in bounded memory; attend_chunked in O(T), exact
 because b is constant far away; attend_recurrent for decoding, in constant memory. Extreme b: all but the FFT subtract
 the largest b that a query sees. The FFT rounds all rows to one scale, 1e-7 of the largest sum in float32: rows whose
-weights are all far smaller lose their digits, and rounding lets later tokens leak in. So do a causal b that favours far
-offsets by more than about 5 nats, and --no-normalize, whose features span as much. `auto` never chooses the FFT.
+weights are all far smaller lose their digits, and rounding lets later tokens leak in. This happens with a causal b that
+favours far offsets by more than about 5 nats, and with --no-normalize. `auto` never chooses the FFT.
 """
 import math
 from dataclasses import dataclass
@@ -51,8 +52,8 @@ class Config:
     feature_map: Literal['prf', 'trf', 'orf', 'sphere', 'elu'] = 'prf'  # see features()
     normalize: bool = True  # divide queries and keys by their L2 norm; otherwise by hs^(1/4)
     rpe: bool = True  # relative positions b_{j-i}
-    max_distance: int = 128  # offsets beyond it share the end weight; with block_size or more, none does
-    attention: Literal['auto', 'dense', 'fft', 'chunked'] = 'auto'  # auto: dense for short texts, else chunked
+    max_distance: int = 128  # offsets beyond share the end weight; from block_size on none does, and it stays untrained
+    attention: Literal['auto', 'dense', 'fft', 'chunked'] = 'auto'  # auto: dense for short texts, else in O(T)
 
 
 def random_matrix(m, hs, kind='prf'):
@@ -68,12 +69,14 @@ def random_matrix(m, hs, kind='prf'):
 
 
 def features(x, w, kind='prf', stable=False, normalize=False):
-    """phi with E[phi(x).phi(y)] = exp(x.y): x (..., hs), w (m, hs) -> (..., m), at least float32 unless normalize.
+    """phi with E[phi(x).phi(y)] = exp(x.y): x (..., hs), w (m, hs) -> (..., m) in at least float32, but in
+    x's dtype for prf, orf and sphere with normalize.
 
     prf: exp(w.x - |x|^2 / 2) / sqrt(m), positive. orf and sphere are prf with another w (sphere is unbiased for large
     hs only). trf: exp(|x|^2 / 2) [sin(w.x), cos(w.x)] / sqrt(m), (..., 2m), of either sign; it overflows for norms
     above 13, so use it with normalised x. elu: elu(x) + 1 (Katharopoulos et al. 2020), (..., hs); it estimates nothing.
-    stable, for queries: without the factor that makes the largest exponent of each token 0; it cancels in the fraction.
+    stable, for queries: each token divided by a factor of its own, which cancels in the fraction; the largest exponent
+    of prf is 0 then.
     normalize: x / |x| first (Algorithm 1); |x| counts as at least 1e-4, which bounds the gradient.
     """
     with torch.autocast(x.device.type, enabled=False):
@@ -98,7 +101,7 @@ def features(x, w, kind='prf', stable=False, normalize=False):
 def visible(T, S, causal=True, valid=None, device=None):
     """Which of S keys each of the last T tokens sees: bool (T, S), or (B, 1, T, S) with padding.
 
-    valid (B, S) bool: False is padding. Only padding itself sees it, so that no row of the softmax is empty.
+    valid (B, S) bool: False is padding, seen by its own query alone, so that no row of the softmax is empty.
     """
     i = torch.arange(S - T, S, device=device)[:, None]
     j = torch.arange(S, device=device)
@@ -112,7 +115,7 @@ def along_diagonals(kernel, past, n):
     Row i stands at position past + i; its column j gets the entry of offset clip(j - past - i, -k, k). For three rows
     with the kernels abc, def, ghi (k = 1), past = 0 and n = 3:
 
-        ends repeated        the same numbers from the third on, in rows of 5        first 3 columns
+        ends repeated        from the T-th number on, in rows of T + n - 1 = 5       first 3 columns
         a a b c c c          b c c c d                                               b c c
         d d e f f f          d e f f f                                               d e f
         g g h i i i          g g h i i                                               g g h
@@ -226,7 +229,7 @@ class Attention(nn.Module):
             k = features(qk[1], self.w, self.kind).to(v.dtype)
         b = self.w.new_zeros(self.n_head, 1) if self.b is None else self.b
         least = (256 if self.causal else 512) * (1.5 if v.dtype == torch.bfloat16 else 1) + b.size(-1) // 4
-        long = T > max(b.size(-1), least)  # chunks are quicker then, measured on a CPU
+        long = T > max(b.size(-1), least)  # then chunks are quicker, by laptop.py on a CPU
         if state is not None:
             y = attend_recurrent(q, k, v, b, valid, state)
         elif self.attention == 'fft':
@@ -507,11 +510,11 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
 
 
 def attend_recurrent(q, k, v, b, valid, state):
-    """The next T tokens of a text, causal, in time and memory that do not grow with its length. Returns (B, nh, T, hs).
+    """The next T tokens of a text, causal, in time and memory that do not grow with its length.
 
     state keeps the last R keys and values, and of all keys before them kv (B, nh, m, hs) and k_sum (B, nh, 1, m), sums
     in at least float32. valid (B, all tokens so far) bool, or None: False is padding. A first piece is cheap at any
-    length, a later one of T tokens makes a (T, R+T) matrix.
+    length, a later one of T tokens makes a (T, R+T) matrix. Only `valid` grows. Returns (B, nh, T, hs).
     """
     T = q.size(2)
     if 'k' in state:

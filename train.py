@@ -8,13 +8,14 @@ Train any model_<name>.py as a causal or a masked language model, on a CPU, a GP
     torchrun --standalone --nproc_per_node=8 train.py --model nope --preset gpt2 --dataset fineweb-edu
 
 Every setting is a flag, and so is every field of the model's Config: python train.py --model composite --help.
-Flags win over --config FILE.json, which wins over --preset.
+Flags win over --config FILE.json, which wins over --preset. A resumed run's own config.json replaces both.
 """
 import dataclasses
 import datetime
 import json
 import math
 import re
+import shlex
 import signal
 import sys
 import time
@@ -45,7 +46,7 @@ class Settings:
     learning_rate: float = 3e-3  # peak of the schedule
     min_lr: float = 0.0  # learning rate at the end of the cosine
     warmup_iters: int = 100  # steps of linear warm-up
-    weight_decay: float = 0.1  # on matrices and embeddings, not on vectors
+    weight_decay: float = 0.1  # on parameters of two or more dimensions, kernels of positions too
     beta1: float = 0.9  # AdamW: decay of the running mean of the gradient
     beta2: float = 0.95  # AdamW: decay of the running mean of its square
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
@@ -238,14 +239,14 @@ def training_loop(run, model, ddp, optimizer, progress, validate_first):
         if stop:
             any_process(False, run.peers)  # nobody exits before the checkpoint is there: torchrun would kill its writer
             launcher = 'python' if WORLD == 1 else 'torchrun ...'
-            say(f'stopped after step {step}, saved. To go on: {launcher} train.py --resume --out_dir {run.out}')
+            say(f'stopped after step {step}, saved. To go on: {launcher} train.py --resume '
+                f'--out_dir {shlex.quote(str(run.out))}')
             sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
         if validation_due:
             validate(run, progress, model, optimizer, again=validate_first and step == first)
             last_line = step, time.time()  # validation is not part of the time per step
         if done:
             return
-
         pending.append(train_step(run, ddp, optimizer, step, batches))
         progress.step += 1
         batches = micro_batches(run, progress.step)  # made while a GPU works on this step; below we may wait for it
@@ -351,12 +352,12 @@ def resolve(argv):
     parser.add_argument('--overwrite', action='store_true', help='delete the run that --out_dir holds')
     parser.add_argument('--eval_only', action='store_true', help='print the best loss of --out_dir, or of the newest')
     parser.add_fields(Settings, 'training')
-    asked = parser.parse_known_args(argv)[0]
+    asked = parser.parse_known_args(argv)[0]  # which preset and file
     if asked.overwrite and (asked.resume or asked.eval_only or not asked.out_dir):
         die('--overwrite needs --out_dir, and excludes --resume and --eval_only')
     preset = common.as_flags(PRESETS[asked.preset])
     file = common.read_config(asked.config) if asked.config else {}
-    first = parser.parse_known_args([*preset, *common.as_flags(file), *argv])[0]
+    first = parser.parse_known_args([*preset, *common.as_flags(file), *argv])[0]  # which model and run
     out_dir = first.out_dir
     if first.resume or first.eval_only:
         name = f'{first.model}-{first.objective}-{first.dataset}'
@@ -367,13 +368,15 @@ def resolve(argv):
                 die(f'--eval_only {missing}: name a run with --out_dir')
             say(f'note: --resume {missing}: this is a new run from step 0')
         if out_dir and Path(out_dir, 'config.json').exists():
+            if asked.config or asked.preset != 'tiny':
+                say(f'note: {Path(out_dir, "config.json")} replaces --config and --preset')
             file = common.read_config(Path(out_dir, 'config.json'))
             first = parser.parse_known_args([*preset, *common.as_flags(file), *argv])[0]
             if first.model != file.get('model'):
                 die(f'cannot change model: it is {file.get("model")} in {out_dir}, not {first.model}')
     else:
         file.pop('vocab_size', None)  # the data decides it
-    if first.objective != file.get('objective'):
+    if first.objective != file.get('objective', first.objective):
         file.pop('causal', None)  # the objective decides it
     module = common.load_model_file(first.model)
     common.drop_other_scheme(file, first.model)
@@ -453,7 +456,7 @@ def restore(run, checkpoint, model, optimizer):
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
         for p, state in optimizer.state.items():
-            if not state['step'].numel() == 1 or not state['exp_avg'].shape == state['exp_avg_sq'].shape == p.shape:
+            if state['step'].numel() != 1 or not state['exp_avg'].shape == state['exp_avg_sq'].shape == p.shape:
                 raise ValueError('its optimizer has other shapes')
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
         die(f'the checkpoint in {run.out} does not fit model_{run.settings.model}.py as it is now: {one_line(e)}')
@@ -475,14 +478,13 @@ def introduce(run, model, module):
     if settings.objective == 'masked' and config.causal:
         say('note: --objective masked with --causal: the model sees only what is to the left of each mask')
     if settings.warmup_iters >= settings.max_iters:
-        say(f'note: the learning rate rises to the end, because --warmup_iters {settings.warmup_iters} '
-            f'is not below --max_iters {settings.max_iters}')
+        say('note: the learning rate rises to the end, because --warmup_iters is not below --max_iters')
 
 
 def conclude(run, progress, new_instead_of_resumed):
     """The last line: the best loss, and what to try next."""
     guess = math.log(run.meta['vocab_size'])
-    advice = f'Now try: python sample.py --out_dir {run.out}'
+    advice = f'Now try: python sample.py --out_dir {shlex.quote(str(run.out))}'
     if progress.best >= guess:
         advice = (f'The run did not learn: a uniform guess has a loss of {guess:.4f}. '
                   'Try a lower --learning_rate, a longer --warmup_iters, or more --max_iters')

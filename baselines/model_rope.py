@@ -41,7 +41,7 @@ class Config:
 def visible(T, S, causal=True, valid=None, device=None):
     """Which of S keys each of the last T tokens sees: bool (T, S), or (B, 1, T, S) with padding.
 
-    valid (B, S) bool: False is padding. Only padding itself sees it, so that no row of the softmax is empty.
+    valid (B, S) bool: False is padding, seen by its own query alone, so that no row of the softmax is empty.
     """
     i = torch.arange(S - T, S, device=device)[:, None]
     j = torch.arange(S, device=device)

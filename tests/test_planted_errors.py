@@ -38,7 +38,7 @@ ERRORS = {
         'torch.cat((first, middle, last * 0), -1)'),
     'scale of the content dropped': (
         COMPOSITE,
-        'att = q / math.sqrt(q.size(-1)) @',
+        'att = (q / math.sqrt(q.size(-1))) @',
         'att = q @'),
     'scale of the query-made kernel dropped': (
         COMPOSITE,

@@ -1,4 +1,5 @@
 """sample.py as users run it, on runs that train.py made."""
+import importlib
 import json
 import math
 import os
@@ -270,3 +271,18 @@ def test_gpt2_tokens_from_preparation_to_sample(run, main, monkeypatch):
     out = main('--out_dir', 'out/composite-causal-plays', '--prompt', 'The', '--max_new_tokens', 20).out
     assert out.startswith('The') and len(out) > 20
     assert os.listdir('data') == ['plays']
+
+
+@pytest.mark.parametrize('name, fields', [
+    ('kernelized', dict(max_distance=4)),
+    ('conv', dict(mixer='lightweight', values=True)),
+])
+def test_a_state_of_constant_size_stays_small_after_a_long_prompt(name, fields):
+    """Its tensors are no views of the whole prompt: 2,000 tokens of 16 channels would be 128,000 bytes."""
+    module = importlib.import_module(f'model_{name}')
+    model = module.Model(module.Config(n_embd=16, n_head=2, n_layer=1, **fields))
+    state = model.new_state()
+    with torch.no_grad():
+        model(torch.randint(256, (1, 2000)), state=state)
+    kept = {name: x.untyped_storage().nbytes() for name, x in state[0].items() if torch.is_tensor(x)}
+    assert len(kept) >= 2 and max(kept.values()) < 10_000, kept

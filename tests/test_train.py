@@ -5,6 +5,8 @@ import io
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -385,16 +387,16 @@ def test_killed_and_resumed_is_bit_for_bit_unbroken(train):
 @posix
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_says_how_to_go_on(train, number):
-    process = train.start_train('--model', 'nope', '--max_iters', 100000)
+    process = train.start_train('--model', 'nope', '--max_iters', 100000, '--out_dir', 'out/my run')
     wait_for(process, 'step    10/')
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and 'Traceback' not in err
-    command = out.strip().splitlines()[-1].split('To go on: python ')[1].split()
-    step = checkpoint(train.folder / 'out/nope-causal-code')['step']
+    command = shlex.split(out.strip().splitlines()[-1].split('To go on: python ')[1])
+    step = checkpoint(train.folder / 'out/my run')['step']
     assert step >= 10
     train(*command, '--max_iters', step + 3)
-    assert checkpoint(train.folder / 'out/nope-causal-code')['step'] == step + 3
+    assert checkpoint(train.folder / 'out/my run')['step'] == step + 3
 
 
 @pytest.fixture
@@ -649,6 +651,27 @@ def test_config_file_repeats_a_run(train):
     assert masked['causal'] is False and masked['kernel_size'] == 5 and masked['max_iters'] == 1  # flags win
 
 
+def test_who_decides_a_setting(monkeypatch, tmp_path, capsys):
+    """A file without an objective may say causal; a run that goes on keeps its own settings, and says so."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'c.json').write_text('{"causal": true, "learning_rate": 1e-4}')
+    settings, _, config, _ = script.resolve('--objective masked --config c.json'.split())
+    assert settings.learning_rate == 1e-4 and config.causal and not capsys.readouterr().out
+    (tmp_path / 'x').mkdir()
+    (tmp_path / 'x/ckpt_last.pt').touch()
+    (tmp_path / 'x/config.json').write_text('{"model": "nope", "objective": "causal", "learning_rate": 5e-4}')
+    for more, said in (('', False), ('--config c.json', True), ('--preset gpt2', True)):
+        settings, _, config, _ = script.resolve(f'--model nope --resume --out_dir x {more}'.split())
+        assert settings.learning_rate == 5e-4 and ('replaces --config and --preset' in capsys.readouterr().out) == said
+
+
+def test_help_shows_the_defaults_that_hold(capsys):
+    with pytest.raises(SystemExit):
+        script.resolve(['--model', 'nope', '--objective', 'masked', '--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    assert re.search(r'--causal[^(]*\([^(]*\) \(default False\)', text) and re.search(r'--vocab_size.*?default 0\)', text)
+
+
 @pytest.fixture
 def mine(train, monkeypatch):
     """mine(old, new) makes model_mine.py, which is model_nope.py with one change, beside train.py or in baselines/."""
@@ -831,6 +854,7 @@ def test_refused_at_once(words, capsys, monkeypatch, tmp_path):
     '[1]': ['JSON object'],
     '{': ['cannot be read'],
     '{"model": "none"}': ['model_none.py'],
+    '{"overwrite": true, "out_dir": "x"}': ['settings only', 'out_dir, overwrite', 'command line'],
 }.items())
 def test_refused_config_files(text, parts, capsys, tmp_path):
     (tmp_path / 'c.json').write_text(text)

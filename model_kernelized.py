@@ -15,9 +15,8 @@ attention sharp. `--no-normalize --no-rpe` is the plain random-feature attention
 The paper's tables lack one control, softmax with the same b: model_composite.py --no-dynamic --kernel_size 257.
 
 Departures from the paper: each layer has its own b (the paper shares it over the layers), and offsets beyond
-+-max_distance share the end weight. max_distance >= block_size is the paper's b, but then the end weight is not
-trained: for texts longer than block_size choose less. The random matrix is drawn once per layer, shared by the heads,
-and kept.
++-max_distance share the end weight. (max_distance >= block_size is the paper's b; the end weight is untrained then:
+choose less for texts longer than that.) The random matrix is drawn once per layer, shared by the heads, and kept.
 Plain forms: attend_dense and attend_fft_plain. Fast forms: attend_fft in bounded memory; attend_chunked in O(T), exact
 because b is constant far away; attend_recurrent for decoding, in constant memory. Extreme b: all but the FFT subtract
 the largest b that a query sees. The FFT rounds all rows to one scale, 1e-7 of the largest sum in float32: rows whose
@@ -69,14 +68,12 @@ def random_matrix(m, hs, kind='prf'):
 
 
 def features(x, w, kind='prf', stable=False, normalize=False):
-    """phi with E[phi(x).phi(y)] = exp(x.y): x (..., hs), w (m, hs) -> (..., m) in at least float32, but in
-    x's dtype for prf, orf and sphere with normalize.
+    """phi with E[phi(x).phi(y)] = exp(x.y): x (..., hs), w (m, hs) -> (..., m), float32 or wider; normalised prf as x.
 
     prf: exp(w.x - |x|^2 / 2) / sqrt(m), positive. orf and sphere are prf with another w (sphere is unbiased for large
     hs only). trf: exp(|x|^2 / 2) [sin(w.x), cos(w.x)] / sqrt(m), (..., 2m), of either sign; it overflows for norms
     above 13, so use it with normalised x. elu: elu(x) + 1 (Katharopoulos et al. 2020), (..., hs); it estimates nothing.
-    stable, for queries: each token divided by a factor of its own, which cancels in the fraction; the largest exponent
-    of prf is 0 then.
+    stable, for queries: divided by a factor per token that cancels in the fraction (prf: the largest exponent is 0).
     normalize: x / |x| first (Algorithm 1); |x| counts as at least 1e-4, which bounds the gradient.
     """
     with torch.autocast(x.device.type, enabled=False):

@@ -362,7 +362,7 @@ def ours(module, fields):
 def parts(gpu, small):
     """{part of a layer: (its inputs, {form: function of them})}: parts that can be written in several ways."""
     B, T, nh, hs, K = (8, 128, 4, 32, 17) if small else (32, 1024, 12, 64, 17)
-    C = nh * hs
+    C, far = nh * hs, K // 2
     options = dict(device='cuda' if gpu else 'cpu', dtype=torch.bfloat16 if gpu else torch.float32, requires_grad=True)
     x = torch.randn(B, T, C, **options)
     taps = torch.randn(C, K, **options)
@@ -391,6 +391,20 @@ def parts(gpu, small):
     def per_head_wider(qkv, w):
         return per_head(qkv, F.pad(w, (0, 0, 0, -K % 8)))[..., :K]
 
+    def near_keys(k):  # of the causal offsets 1-far ... 0, each (B, nh, T, hs)
+        padded = F.pad(k, (0, 0, far - 1, 0))
+        return [padded[:, :, r:r + T].float() for r in range(far)]
+
+    def near_and_product(qkv, w):  # (B, nh, T, far): q_i.k_{i+o} + q_i.(W_o - W_{-far})
+        q, k, _ = heads(qkv)
+        added = q @ w.T
+        scores = torch.stack([(q.float() * keys).sum(-1) for keys in near_keys(k)], -1)
+        return scores + added[..., 1:far + 1] - added[..., :1]
+
+    def near_in_one(qkv, w):
+        q, k, _ = heads(qkv)
+        return torch.stack([(q.float() * (keys + w[r] - w[0])).sum(-1) for r, keys in enumerate(near_keys(k), 1)], -1)
+
     def softmax(which):
         return lambda qkv: with_backend(which)(*heads(qkv))
 
@@ -401,6 +415,8 @@ def parts(gpu, small):
             'depthwise_conv (conv1d)': conv.depthwise_conv, 'conv1d, contiguous (B, C, T)': conv1d, 'shifts': shifts}),
         'query-made kernel': ((qkv, kernel), {
             'product': product, 'product, wider': wider, 'per head': per_head, 'per head, wider': per_head_wider}),
+        'near scores': ((qkv, kernel), {
+            'near keys, and product': near_and_product, 'kernel added to the near keys': near_in_one}),
         'softmax attention': ((qkv,), softmaxes),
     }
 

@@ -118,6 +118,11 @@ def load_checkpoint(path):
         die(f'{path} is damaged, or no checkpoint of train.py: {type(e).__name__} {one_line(e)}')
 
 
+def quoted(path):
+    """A folder in a command to copy: one with a space in double quotes, which every shell reads."""
+    return f'"{path}"' if ' ' in str(path) else str(path)
+
+
 def newest_run(name):
     """The newest of out/<name>, out/<name>-2, ... that holds a checkpoint, or None."""
     runs = [path.parent for path in Path('out').glob(f'{name}*/ckpt_last.pt')]
@@ -419,8 +424,9 @@ def read_config(path):
         die(f'--config {path} cannot be read: {e}')
     if not isinstance(values, dict):
         die(f'--config {path} must hold a JSON object of settings')
-    if found := {'preset', 'config', 'out_dir', 'resume', 'overwrite', 'eval_only', 'help'} & values.keys():
-        die(f'--config {path} must hold settings only: {", ".join(sorted(found))} belongs on the command line')
+    others = 'preset', 'config', 'out_dir', 'resume', 'overwrite', 'eval_only', 'help'
+    if found := [name for name in values if name in others or not name.isidentifier()]:
+        die(f'--config {path} must hold fields of Settings and Config only, not {", ".join(map(repr, found))}')
     return values
 
 

@@ -47,7 +47,7 @@ class Config:
     dynamic: bool = True  # query-made kernel (Shaw et al. 2018)
     fixed: bool = True  # learned kernel (T5)
     dynamic_key: bool = False  # key-made kernel, its offsets mirrored
-    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # fast: no (T, T) matrix for long texts; auto: the quicker
+    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # fast: no (T, T) matrix for long texts; auto: by length
 
 
 def visible(T, S, causal=True, valid=None, device=None):

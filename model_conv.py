@@ -52,8 +52,8 @@ class Config:
     queries_keys: bool = False  # convolution makes the queries and keys of half the heads
     values: bool = False  # convolution makes the values of half the heads
     output: bool = True  # convolution of the values, added after the softmax
-    mixer: Literal['attention', 'lightweight', 'dynamic'] = 'attention'  # or this convolution replaces it
-    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # fast: no (T, T) matrix for long texts; auto: the quicker
+    mixer: Literal['attention', 'lightweight', 'dynamic'] = 'attention'  # attention, or a convolution in its place
+    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # fast: no (T, T) matrix for long texts; auto: by length
 
 
 def visible(T, S, causal=True, valid=None, device=None):
@@ -688,5 +688,6 @@ def with_past(state, name, x, valid, keep):
     past = state[name].size(1) if name in state else 0
     if past:
         x = torch.cat((state[name], x), 1)  # (B, past + T, C)
-    state[name] = x[:, max(0, x.size(1) - keep):].clone()  # not a view, which would keep the whole piece
+    kept = x[:, max(0, x.size(1) - keep):]
+    state[name] = kept.clone() if x.size(1) > 2 * keep else kept  # no view of a long piece, which would all be kept
     return x, past

@@ -52,7 +52,7 @@ class Config:
     normalize: bool = True  # divide queries and keys by their L2 norm; otherwise by hs^(1/4)
     rpe: bool = True  # relative positions b_{j-i}
     max_distance: int = 128  # offsets beyond share the end weight; from block_size on none does, and it stays untrained
-    attention: Literal['auto', 'dense', 'fft', 'chunked'] = 'auto'  # auto: dense for short texts, else in O(T)
+    attention: Literal['auto', 'dense', 'fft', 'chunked'] = 'auto'  # auto: dense or in O(T), by length
 
 
 def random_matrix(m, hs, kind='prf'):
@@ -68,13 +68,13 @@ def random_matrix(m, hs, kind='prf'):
 
 
 def features(x, w, kind='prf', stable=False, normalize=False):
-    """phi with E[phi(x).phi(y)] = exp(x.y): x (..., hs), w (m, hs) -> (..., m), float32 or wider; normalised prf as x.
+    """phi with E[phi(x).phi(y)] = exp(x.y): x (..., hs), w (m, hs) -> (..., m), in at least float32.
 
     prf: exp(w.x - |x|^2 / 2) / sqrt(m), positive. orf and sphere are prf with another w (sphere is unbiased for large
     hs only). trf: exp(|x|^2 / 2) [sin(w.x), cos(w.x)] / sqrt(m), (..., 2m), of either sign; it overflows for norms
     above 13, so use it with normalised x. elu: elu(x) + 1 (Katharopoulos et al. 2020), (..., hs); it estimates nothing.
-    stable, for queries: divided by a factor per token that cancels in the fraction (prf: the largest exponent is 0).
-    normalize: x / |x| first (Algorithm 1); |x| counts as at least 1e-4, which bounds the gradient.
+    stable, for queries: without factors of a whole token that cancel in the fraction (prf: no exponent is above 0).
+    normalize: x / |x| first (Algorithm 1), |x| at least 1e-4 to bound the gradient; prf, orf, sphere keep the dtype.
     """
     with torch.autocast(x.device.type, enabled=False):
         dtype = x.dtype

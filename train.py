@@ -8,14 +8,13 @@ Train any model_<name>.py as a causal or a masked language model, on a CPU, a GP
     torchrun --standalone --nproc_per_node=8 train.py --model nope --preset gpt2 --dataset fineweb-edu
 
 Every setting is a flag, and so is every field of the model's Config: python train.py --model composite --help.
-Flags win over --config FILE.json, which wins over --preset. A resumed run's own config.json replaces both.
+Flags win over --config FILE.json, which wins over --preset. With --resume a run's own config.json replaces both.
 """
 import dataclasses
 import datetime
 import json
 import math
 import re
-import shlex
 import signal
 import sys
 import time
@@ -240,7 +239,7 @@ def training_loop(run, model, ddp, optimizer, progress, validate_first):
             any_process(False, run.peers)  # nobody exits before the checkpoint is there: torchrun would kill its writer
             launcher = 'python' if WORLD == 1 else 'torchrun ...'
             say(f'stopped after step {step}, saved. To go on: {launcher} train.py --resume '
-                f'--out_dir {shlex.quote(str(run.out))}')
+                f'--out_dir {common.quoted(run.out)}')
             sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
         if validation_due:
             validate(run, progress, model, optimizer, again=validate_first and step == first)
@@ -345,7 +344,7 @@ def main():
 def resolve(argv):
     """Command line -> Settings, the model file, its Config, and all flags as argparse has them."""
     parser = common.Parser(__doc__)
-    parser.add_argument('--preset', choices=list(PRESETS), default='tiny', help='a set of values (default tiny)')
+    parser.add_argument('--preset', choices=list(PRESETS), help='a set of values (default tiny)')
     parser.add_argument('--config', metavar='FILE', help='settings that an earlier run wrote (its config.json)')
     parser.add_argument('--out_dir', help='default out/<model>-<objective>-<dataset>, numbered -2, -3, ... when taken')
     parser.add_argument('--resume', action='store_true', help='go on with --out_dir, or the newest run of its kind')
@@ -355,7 +354,7 @@ def resolve(argv):
     asked = parser.parse_known_args(argv)[0]  # which preset and file
     if asked.overwrite and (asked.resume or asked.eval_only or not asked.out_dir):
         die('--overwrite needs --out_dir, and excludes --resume and --eval_only')
-    preset = common.as_flags(PRESETS[asked.preset])
+    preset = common.as_flags(PRESETS[asked.preset or 'tiny'])
     file = common.read_config(asked.config) if asked.config else {}
     first = parser.parse_known_args([*preset, *common.as_flags(file), *argv])[0]  # which model and run
     out_dir = first.out_dir
@@ -368,10 +367,10 @@ def resolve(argv):
                 die(f'--eval_only {missing}: name a run with --out_dir')
             say(f'note: --resume {missing}: this is a new run from step 0')
         if out_dir and Path(out_dir, 'config.json').exists():
-            if asked.config or asked.preset != 'tiny':
+            if asked.config or asked.preset:
                 say(f'note: {Path(out_dir, "config.json")} replaces --config and --preset')
-            file = common.read_config(Path(out_dir, 'config.json'))
-            first = parser.parse_known_args([*preset, *common.as_flags(file), *argv])[0]
+            preset, file = [], common.read_config(Path(out_dir, 'config.json'))
+            first = parser.parse_known_args([*common.as_flags(file), *argv])[0]
             if first.model != file.get('model'):
                 die(f'cannot change model: it is {file.get("model")} in {out_dir}, not {first.model}')
     else:
@@ -484,7 +483,7 @@ def introduce(run, model, module):
 def conclude(run, progress, new_instead_of_resumed):
     """The last line: the best loss, and what to try next."""
     guess = math.log(run.meta['vocab_size'])
-    advice = f'Now try: python sample.py --out_dir {shlex.quote(str(run.out))}'
+    advice = f'Now try: python sample.py --out_dir {common.quoted(run.out)}'
     if progress.best >= guess:
         advice = (f'The run did not learn: a uniform guess has a loss of {guess:.4f}. '
                   'Try a lower --learning_rate, a longer --warmup_iters, or more --max_iters')

@@ -223,7 +223,8 @@ def main():
     n = sum(w.numel() for w in weights.values()) / 1e6
     print(f'{out}: {n:.1f}M weights, positions {"dropped" if args.drop_positions else "kept"}; '
           f'the scheme adds {", ".join(own) or "no tensor"}')
-    print(f'Now try: python train.py --eval_only --out_dir {out}, or --resume in place of --eval_only to fine-tune it')
+    print(f'Now try: python train.py --eval_only --out_dir {common.quoted(out)}, or --resume in place of --eval_only '
+          'to fine-tune it')
 
 
 if __name__ == '__main__':

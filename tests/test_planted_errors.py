@@ -82,7 +82,7 @@ ERRORS = {
         '.softmax(-2)\n'),
     'near window short by one': (
         COMPOSITE,
-        'kernel_scores[..., 1:far + 1 if causal else -1]',
+        'kernel_scores[..., 1:(far + 1 if causal else -1)]',
         'kernel_scores[..., 1:far if causal else -2]'),
     'far keys one too near': (
         COMPOSITE,
@@ -98,8 +98,8 @@ ERRORS = {
         'lse = near_scores.logsumexp(-1)'),
     'end entry of the left not taken off': (
         COMPOSITE,
-        '1:far + 1 if causal else -1] - left_end',
-        '1:far + 1 if causal else -1]'),
+        '1:(far + 1 if causal else -1)] - left_end',
+        '1:(far + 1 if causal else -1)]'),
     'end entries of left and right exchanged': (
         COMPOSITE,
         '(kernel_scores[..., -1:] - left_end)',

@@ -396,6 +396,7 @@ def test_signal_saves_and_says_how_to_go_on(train, number):
     step = checkpoint(train.folder / 'out/my run')['step']
     assert step >= 10
     train(*command, '--max_iters', step + 3)
+    assert 'Now try: python sample.py --out_dir "out/my run"' in train.out
     assert checkpoint(train.folder / 'out/my run')['step'] == step + 3
 
 
@@ -660,17 +661,18 @@ def test_who_decides_a_setting(monkeypatch, tmp_path, capsys):
     (tmp_path / 'x').mkdir()
     (tmp_path / 'x/ckpt_last.pt').touch()
     (tmp_path / 'x/config.json').write_text('{"model": "nope", "objective": "causal", "learning_rate": 5e-4}')
-    for more, said in (('', False), ('--config c.json', True), ('--preset gpt2', True)):
+    for more, said in (('', False), ('--config c.json', True), ('--preset gpt2', True), ('--preset tiny', True)):
         settings, _, config, _ = script.resolve(f'--model nope --resume --out_dir x {more}'.split())
-        assert settings.learning_rate == 5e-4 and ('replaces --config and --preset' in capsys.readouterr().out) == said
+        assert settings.learning_rate == 5e-4 and settings.batch_size == 24 and config.n_layer == 4
+        assert ('replaces --config and --preset' in capsys.readouterr().out) == said
 
 
-def test_help_shows_the_defaults_that_hold(capsys):
+def test_help_shows_what_data_and_objective_decide(capsys):
     with pytest.raises(SystemExit):
         script.resolve(['--model', 'nope', '--objective', 'masked', '--help'])
     text = ' '.join(capsys.readouterr().out.split())
     assert re.search(r'--causal[^(]*\([^(]*\) \(default False\)', text)
-    assert re.search(r'--vocab_size.*?default 0\)', text)
+    assert re.search(r'--vocab_size[^(]*\(default 0\)', text[text.index('options:'):])
 
 
 @pytest.fixture
@@ -855,7 +857,8 @@ def test_refused_at_once(words, capsys, monkeypatch, tmp_path):
     '[1]': ['JSON object'],
     '{': ['cannot be read'],
     '{"model": "none"}': ['model_none.py'],
-    '{"overwrite": true, "out_dir": "x"}': ['settings only', 'out_dir, overwrite', 'command line'],
+    '{"overwrite": true, "out_dir": "x"}': ['fields of Settings', "not 'overwrite', 'out_dir'"],
+    '{"out_dir=x": true}': ["not 'out_dir=x'"],
 }.items())
 def test_refused_config_files(text, parts, capsys, tmp_path):
     (tmp_path / 'c.json').write_text(text)

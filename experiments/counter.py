@@ -24,6 +24,7 @@ For causal models of any scheme. Writes experiments/results/counter.csv, counter
 in out/quick).
 """
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -175,8 +176,13 @@ def print_uses(uses):
 
 def draw(curves):
     runs = list(dict.fromkeys(name for name, _ in curves))
-    fig, axes = pyplot().subplots(1, len(runs), figsize=(4.5 * len(runs), 4), squeeze=False, layout='constrained')
-    for ax, name in zip(axes[0], runs):
+    columns = min(4, len(runs))
+    rows = math.ceil(len(runs) / columns)
+    fig, axes = pyplot().subplots(rows, columns, figsize=(4.5 * columns, 4.5 * rows), squeeze=False,
+                                  layout='constrained')
+    for ax in axes.flat[len(runs):]:
+        ax.remove()
+    for ax, name in zip(axes.flat, runs):
         layers = [layer for run, layer in curves if run == name]
         for layer in layers:
             mean, deviation, _ = curves[name, layer].T

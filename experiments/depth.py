@@ -45,14 +45,14 @@ def draw(table, schemes):
                    for layers in depths]
             right.plot(depths, gap, style, color='k', label=f'{steps:,} steps')
     left.set(ylabel='validation loss (nats per byte)')
-    right.set(ylabel='nope less the best of the others (nats per byte)')
+    right.set(ylabel='nope less the best other loss')
     right.axhline(0, color='gray', lw=1)
     for ax in (left, right):
         ax.set(xlabel='layers')
         ax.set_xticks(depths)
         ax.grid(alpha=0.3)
     handles = left.get_legend_handles_labels()
-    fig.legend(*handles, loc='outside lower center', ncols=len(schemes), fontsize=8)
+    fig.legend(*handles, loc='outside lower center', ncols=len(lengths), fontsize=8)
     return fig
 
 

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -195,6 +196,17 @@ def test_bits_per_byte_are_those_of_the_text():
     loss = math.log(256 ** 2)
     assert abs(script.bits_per_byte(run, loss) - 8) < 1e-12
     assert f'{loss:.4f} nats per token, 8.0000 bits per byte, perplexity 65536.00' in script.describe(run, loss)
+
+
+def test_the_last_line_is_a_command_to_copy(capsys):
+    run = make_run(64)
+    run.meta = dict(META, val_tokens=1000, val_bytes=1000)
+    run.out = Path('out/my run')
+    script.conclude(run, script.Progress(best=1.0), False)
+    run.out = Path('out/mine')
+    script.conclude(run, script.Progress(best=1.0), False)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith('sample.py --out_dir "out/my run"') and second.endswith('sample.py --out_dir out/mine')
 
 
 def test_schedule():
@@ -396,7 +408,6 @@ def test_signal_saves_and_says_how_to_go_on(train, number):
     step = checkpoint(train.folder / 'out/my run')['step']
     assert step >= 10
     train(*command, '--max_iters', step + 3)
-    assert 'Now try: python sample.py --out_dir "out/my run"' in train.out
     assert checkpoint(train.folder / 'out/my run')['step'] == step + 3
 
 

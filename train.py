@@ -483,7 +483,8 @@ def introduce(run, model, module):
 def conclude(run, progress, new_instead_of_resumed):
     """The last line: the best loss, and what to try next."""
     guess = math.log(run.meta['vocab_size'])
-    advice = f'Now try: python sample.py --out_dir {common.quoted(run.out)}'
+    prompt = ' --prompt "a text with [MASK] in it"' if run.settings.objective == 'masked' else ''
+    advice = f'Now try: python sample.py --out_dir {common.quoted(run.out)}{prompt}'
     if progress.best >= guess:
         advice = (f'The run did not learn: a uniform guess has a loss of {guess:.4f}. '
                   'Try a lower --learning_rate, a longer --warmup_iters, or more --max_iters')

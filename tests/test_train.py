@@ -204,9 +204,11 @@ def test_the_last_line_is_a_command_to_copy(capsys):
     run.out = Path('out/my run')
     script.conclude(run, script.Progress(best=1.0), False)
     run.out = Path('out/mine')
+    run.settings.objective = 'masked'
     script.conclude(run, script.Progress(best=1.0), False)
     first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith('sample.py --out_dir "out/my run"') and second.endswith('sample.py --out_dir out/mine')
+    assert first.endswith('sample.py --out_dir "out/my run"')
+    assert second.endswith('sample.py --out_dir out/mine --prompt "a text with [MASK] in it"')
 
 
 def test_schedule():

@@ -379,7 +379,6 @@ def resolve(argv):
         file.pop('causal', None)  # the objective decides it
     module = common.load_model_file(first.model)
     common.drop_other_scheme(file, first.model)
-
     parser.add_argument('-h', '--help', action='help', help='show this and exit')
     parser.add_fields(module.Config, f'model_{first.model}.py')
     parser.set_defaults(vocab_size=0, causal=first.objective == 'causal')  # 0: as many as the data needs

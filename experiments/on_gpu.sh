@@ -5,11 +5,13 @@
 #     bash experiments/on_gpu.sh check steps speed
 #
 #     part       minutes  what                                                            needs
-#     mend             4  what was wrong in the first run and is mended since: composite and conv, compiled
+#     mend             4  what was wrong in the first run and is mended since: composite and conv, compiled; whether the
+#                         kernels of triton_forms.py, which no GPU has run, are right
 #     proofs           4  chapter 8 of test_equivalence.py on the GPU, the others on the CPU
 #     trainings        4  every model trains, resumes, samples; torchrun; GPT-2's size
 #     check            8  proofs, then trainings
-#     steps            6  training steps at GPT-2 124M size, the kernels that take their time, forms of single parts
+#     candidates       5  forms of single parts of a layer; training steps with the kernels of triton_forms.py
+#     steps            5  training steps at GPT-2 124M size, the kernels that take their time
 #     more-steps       6  the same with texts of 8,192 tokens and by cuDNN
 #     speed            4  every form of attention, 512 to 65,536 tokens: time and memory
 #     variance         1  variance of attention at the paper's size
@@ -19,17 +21,18 @@
 #     evidence        24  variance, probes, curves, glue
 #
 # Where a command may take ten minutes and only what it leaves in a folder comes back, end it before and pack the
-# results. Eight commands, each under ten minutes, in this order; the first is what fifteen minutes of a GPU are for:
+# results. Nine commands, each under ten minutes, in this order; the first two are for a GPU that is had for fifteen:
 #
 #     export TMPDIR=/dev/shm CORPORA=corpora RESULTS=out/gpu
-#     timeout 560 bash experiments/on_gpu.sh mend steps;                               tar czf FOLDER/0.tgz out/gpu
-#     timeout 560 bash experiments/on_gpu.sh check;                                    tar czf FOLDER/1.tgz out/gpu
-#     timeout 560 bash experiments/on_gpu.sh more-steps;                               tar czf FOLDER/2.tgz out/gpu
-#     timeout 560 bash experiments/on_gpu.sh speed variance;                           tar czf FOLDER/3.tgz out/gpu
-#     SCHEMES='nope absolute composite' timeout 560 bash experiments/on_gpu.sh curves; tar czf FOLDER/4.tgz out/gpu
-#     SCHEMES='rope alibi conv nprf+rpe' timeout 560 bash experiments/on_gpu.sh curves; tar czf FOLDER/5.tgz out/gpu
-#     timeout 560 bash experiments/on_gpu.sh glue;                                     tar czf FOLDER/6.tgz out/gpu
-#     timeout 560 bash experiments/on_gpu.sh probes;                                   tar czf FOLDER/7.tgz out/gpu
+#     timeout 480 bash experiments/on_gpu.sh mend candidates;                          tar czf FOLDER/0.tgz out/gpu
+#     timeout 330 bash experiments/on_gpu.sh steps;                                    tar czf FOLDER/1.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh check;                                    tar czf FOLDER/2.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh more-steps;                               tar czf FOLDER/3.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh speed variance;                           tar czf FOLDER/4.tgz out/gpu
+#     SCHEMES='nope absolute composite' timeout 560 bash experiments/on_gpu.sh curves; tar czf FOLDER/5.tgz out/gpu
+#     SCHEMES='rope alibi conv nprf+rpe' timeout 560 bash experiments/on_gpu.sh curves; tar czf FOLDER/6.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh glue;                                     tar czf FOLDER/7.tgz out/gpu
+#     timeout 560 bash experiments/on_gpu.sh probes;                                   tar czf FOLDER/8.tgz out/gpu
 #
 # A table is written row by row, a log line by line, so what was done when the time ended is there. A command that fails
 # does not stop a part: it is named at the end, and the script exits with 1. Nothing is downloaded. Without `datasets`
@@ -100,12 +103,15 @@ mend() {
     job() {
         case $1 in
         proof-*) run python3 test_equivalence.py --chapter 8 $rehearse "${1#proof-}" ;;
+        kernels) run python3 experiments/triton_forms.py ;;
         masked-*) train --model "${1#masked-}" "${small[@]}" --objective masked --out_dir "$scratch/$1" ;;
         *) train --model "$1" "${small[@]}" --out_dir "$scratch/$1" ;;
         esac
     }
+    local kernels=kernels
+    [ -z "$quick" ] || kernels=
     run python3 prepare_data.py --dataset python
-    at_once proof-composite proof-conv composite masked-conv
+    at_once proof-composite proof-conv composite masked-conv $kernels
 }
 
 # train.py; the last line is the peak memory of the GPU
@@ -191,8 +197,17 @@ other=(${NANOGPT:+--nanogpt "$NANOGPT"})
 steps() {
     job() { run python3 experiments/speed.py --steps --models "$1" --results "$scratch"; }
     [ -n "$quick" ] || at_once composite conv kernelized  # compiled at the same time, and then in the cache
-    experiment speed --steps ${other[@]+"${other[@]}"} --kernels
+    experiment speed --steps --models nope composite conv kernelized ${NANOGPT:+nanoGPT} \
+        ${other[@]+"${other[@]}"} --kernels
+}
+
+candidates() {
+    local by_hand=(composite-triton composite-triton-cudnn conv-triton conv-triton-cudnn)
     experiment speed --parts
+    [ -z "$quick" ] || return
+    job() { run python3 experiments/speed.py --steps --models "$1" --results "$scratch"; }
+    at_once composite-triton composite-triton-cudnn conv-triton
+    run python3 experiments/speed.py --steps --models nope "${by_hand[@]}" --kernels --results "$results/candidates"
 }
 
 more_steps() {
@@ -207,7 +222,7 @@ one_part() {
     speed) experiment speed ;;
     variance) experiment attention_variance ;;
     probes) experiment probe_position ;;
-    mend | proofs | trainings | steps | curves | glue) $part ;;
+    mend | candidates | proofs | trainings | steps | curves | glue) $part ;;
     esac
     rm -rf "$scratch"
     tell_failed
@@ -216,12 +231,13 @@ one_part() {
 parts=()
 for part in "${@:-}"; do
     case $part in
-    mend | proofs | trainings | steps | more-steps | speed | variance | probes | curves | glue) parts+=("$part") ;;
+    mend | candidates | proofs | trainings | steps | more-steps | speed | variance | probes | curves | glue)
+        parts+=("$part") ;;
     check) parts+=(proofs trainings) ;;
     evidence) parts+=(variance probes curves glue) ;;
     *)
-        echo "on_gpu.sh: any of mend, check (proofs, trainings), steps, more-steps, speed, evidence (variance," \
-            "probes, curves, glue), not '$part'" >&2
+        echo "on_gpu.sh: any of mend, candidates, check (proofs, trainings), steps, more-steps, speed," \
+            "evidence (variance, probes, curves, glue), not '$part'" >&2
         exit 2 ;;
     esac
 done

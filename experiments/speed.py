@@ -6,7 +6,7 @@ Time and memory of every form of attention over the length of the text, and of a
     python experiments/speed.py --steps    # training steps of every model at GPT-2 124M size (--quick: the tiny preset)
     python experiments/speed.py --steps --nanogpt ../nanoGPT --block_size 8192 --cudnn
     python experiments/speed.py --steps --models nope composite --kernels    # and where the time of a step goes
-    python experiments/speed.py --parts    # a convolution, a query-made kernel, flash attention, each in several forms
+    python experiments/speed.py --parts    # a convolution, a query-made kernel, attention, each in several forms
 
 Answers Figure 1a of Luo et al. 2021 (forward time over n, one head of 64 on a V100: softmax 51.8 ms at 32k, kernelized
 by FFT with m = 32 29.3 ms), with what it competes with today: flash attention. Kernelized forms start from q and k,
@@ -16,7 +16,8 @@ torch that were called, as its profiler saw them: flash, cuDNN, efficient, math,
 --steps trains as train.py does: 32,768 tokens a step (--block_size: in texts of another length), AdamW fused on a GPU,
 bfloat16 and torch.compile there; peak memory is that of one model with its optimizer. --nanogpt takes nanoGPT's own
 model from a checkout of github.com/karpathy/nanoGPT into the same turns; --cudnn lets torch prefer cuDNN's attention;
---kernels adds the table speed-steps-<device>...-kernels.csv: what a step of each model does, longest first.
+--kernels adds the table speed-steps-<device>...-kernels.csv: what a step of each model does, longest first. Where there
+is a GPU and triton, the steps and the parts have the kernels of triton_forms.py among them.
 Writes experiments/results/speed-<device>.csv and .png (or speed-steps-<device>[-<block_size>][-cudnn].csv,
 speed-parts-<device>.csv); with --quick in out/quick. A row is written as soon as its form has run once, and again when
 its medians are known: a run that is cut off has what it measured.
@@ -28,7 +29,9 @@ import math
 import statistics
 import sys
 import time
+import traceback
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -42,6 +45,7 @@ import model_kernelized as kernelized
 import model_nope as nope
 from common import die
 
+FAILED = []  # models and forms that ended in an error: it is printed, the rest is timed, the exit code is 1
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -296,6 +300,11 @@ def kernels(job, gpu):
     return sorted([event for event in events if event[2] > 0], key=lambda event: -event[2])
 
 
+def kernels_by_hand():
+    """The module triton_forms where its kernels run: on a GPU with triton; None elsewhere."""
+    return importlib.import_module('triton_forms') if torch.cuda.is_available() and find_spec('triton') else None
+
+
 def variants(args, size):
     """{name: function that makes the model} of the models asked for."""
     output_alone = dict(lightweight=False, dynamic=False, values=False, queries_keys=False, output=True)
@@ -304,6 +313,10 @@ def variants(args, size):
     known = {name: partial(ours, module, size | own) for name, (module, own) in fields.items()}
     if args.nanogpt:
         known['nanoGPT'] = partial(nanogpt, args.nanogpt, size)
+    if by_hand := kernels_by_hand():
+        for name, module in (('composite', composite), ('conv', conv)):
+            known[f'{name}-triton'] = partial(ours, by_hand.with_kernels(module), size)
+            known[f'{name}-triton-cudnn'] = partial(ours, by_hand.with_kernels(module, by_cudnn=True), size)
     unknown = [name for name in args.models or [] if name not in known]
     if unknown:
         die(f'--models takes {", ".join(known)}, not {unknown[0]!r}')
@@ -341,6 +354,9 @@ def steps(args, device, write, write_kernels):
             jobs[name] = job
         except torch.OutOfMemoryError:
             print(f'{name}: out of memory', flush=True)
+        except Exception:  # of one model: the others are timed all the same
+            FAILED.append(name)
+            traceback.print_exc()
     ms = {name: seconds * 1e3 for name, seconds in alternate(jobs, device, 10).items()}
     seen = {name: rows[name][4:] for name in ms}
     rows.clear()
@@ -359,16 +375,13 @@ def ours(module, fields):
     return module.Model(module.Config(**fields))
 
 
-def parts(gpu, small):
-    """{part of a layer: (its inputs, {form: function of them})}: parts that can be written in several ways."""
-    B, T, nh, hs, K = (8, 128, 4, 32, 17) if small else (32, 1024, 12, 64, 17)
-    C, far = nh * hs, K // 2
-    options = dict(device='cuda' if gpu else 'cpu', dtype=torch.bfloat16 if gpu else torch.float32, requires_grad=True)
-    x = torch.randn(B, T, C, **options)
-    taps = torch.randn(C, K, **options)
-    qkv = torch.randn(B, T, 3 * C, **options)  # as c_attn returns it
-    kernel = torch.randn(K, hs, **options)
+def heads(qkv, nh):
+    """(B, T, 3C), as c_attn returns it -> q, k, v, each (B, nh, T, hs)."""
+    return [z.unflatten(2, (nh, -1)).transpose(1, 2) for z in qkv.chunk(3, 2)]
 
+
+def convolutions(T, C, K):
+    """Forms of the causal depthwise convolution of x (B, T, C) with kernels w (C, K)."""
     def conv1d(x, w):
         return F.conv1d(F.pad(x.transpose(1, 2).contiguous(), (K - 1, 0)), w[:, None], groups=C).transpose(1, 2)
 
@@ -376,47 +389,84 @@ def parts(gpu, small):
         padded = F.pad(x, (0, 0, K - 1, 0))
         return sum(w[:, r] * padded[:, r:r + T] for r in range(K))
 
-    def heads(qkv):
-        return [z.view(B, T, nh, hs).transpose(1, 2) for z in qkv.split(C, 2)]  # each (B, nh, T, hs)
+    known = {'depthwise_conv (conv1d)': conv.depthwise_conv, 'conv1d, contiguous (B, C, T)': conv1d, 'shifts': shifts}
+    if by_hand := kernels_by_hand():
+        known['Triton'] = by_hand.depthwise_conv
+    return known
 
-    def product(qkv, w):  # (B, nh, T, K)
-        return heads(qkv)[0] @ w.T
+
+def query_made(nh, far):
+    """Forms of q_i.(W_o - W_-far) for the near offsets o = 1-far ... 0 of a causal kernel: (B, nh, T, far)."""
+    def product(qkv, w):
+        scores = heads(qkv, nh)[0] @ w.T
+        return scores[..., 1:far + 1] - scores[..., :1]
 
     def wider(qkv, w):
-        return product(qkv, F.pad(w, (0, 0, 0, -K % 8)))[..., :K]  # rows of 24 numbers: 48 bytes
+        scores = heads(qkv, nh)[0] @ F.pad(w, (0, 0, 0, -w.size(0) % 8)).T  # rows of 24 numbers: 48 bytes
+        return scores[..., 1:far + 1] - scores[..., :1]
 
-    def per_head(qkv, w):
-        return (heads(qkv)[0].flatten(0, 1) @ w.T.expand(B * nh, hs, -1)).unflatten(0, (B, nh))
+    def near_columns(qkv, w):
+        return heads(qkv, nh)[0] @ (w[1:far + 1] - w[:1]).T
 
-    def per_head_wider(qkv, w):
-        return per_head(qkv, F.pad(w, (0, 0, 0, -K % 8)))[..., :K]
+    def head_by_head(qkv, w):  # without a copy of q
+        B, T, C = qkv.shape
+        q = qkv[..., :C // 3].view(B * T, nh, -1).transpose(0, 1)
+        scores = q @ (w[1:far + 1] - w[:1]).T.expand(nh, -1, -1)
+        return scores.view(nh, B, T, far).transpose(0, 1)
 
-    def near_keys(k):  # of the causal offsets 1-far ... 0, each (B, nh, T, hs)
+    return {'product': product, 'product, 24 columns': wider, 'near columns alone': near_columns,
+            'near columns alone, head by head': head_by_head}
+
+
+def near_scores(nh, far):
+    """Forms of q_i.(k_{i+o} + W_o - W_-far): of the causal near offsets, (B, nh, T, far)."""
+    def near_keys(k):
         padded = F.pad(k, (0, 0, far - 1, 0))
-        return [padded[:, :, r:r + T].float() for r in range(far)]
+        return [padded[:, :, r:r + k.size(2)].float() for r in range(far)]
 
-    def near_and_product(qkv, w):  # (B, nh, T, far): q_i.k_{i+o} + q_i.(W_o - W_{-far})
-        q, k, _ = heads(qkv)
-        added = q @ w.T
+    def and_product(qkv, w):
+        q, k, _ = heads(qkv, nh)
         scores = torch.stack([(q.float() * keys).sum(-1) for keys in near_keys(k)], -1)
-        return scores + added[..., 1:far + 1] - added[..., :1]
+        return scores + query_made(nh, far)['product'](qkv, w)
 
-    def near_in_one(qkv, w):
-        q, k, _ = heads(qkv)
+    def in_one(qkv, w):
+        q, k, _ = heads(qkv, nh)
         return torch.stack([(q.float() * (keys + w[r] - w[0])).sum(-1) for r, keys in enumerate(near_keys(k), 1)], -1)
 
-    def softmax(which):
-        return lambda qkv: with_backend(which)(*heads(qkv))
+    return {'near keys, and product': and_product, 'kernel added to the near keys': in_one}
 
-    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-    softmaxes = {'flash': softmax(flash)} | ({'cuDNN': softmax(cudnn)} if gpu else {})
+
+def attentions(nh, far):
+    """Forms of composite attention without a fixed kernel, causal."""
+    def attention(far_near, form):
+        def run(qkv, w):
+            near = query_made(nh, far)[form](qkv, w).float() / math.sqrt(w.size(1))
+            return far_near.apply(*heads(qkv, nh), near, None, far)
+        return run
+
+    files = {'FarNear': composite.FarNear}
+    if by_hand := kernels_by_hand():
+        files |= {'Triton': by_hand.far_and_near(False), 'Triton and cuDNN': by_hand.far_and_near(True)}
+    return {f'{name}, {form}': attention(far_near, form) for name, far_near in files.items()
+            for form in ('product', 'near columns alone')}
+
+
+def parts(gpu, small):
+    """{part of a layer: (its inputs, {form: function of them})}: parts that can be written in several ways."""
+    B, T, nh, hs, K = (8, 128, 4, 32, 17) if small else (32, 1024, 12, 64, 17)
+    C, far = nh * hs, K // 2
+    options = dict(device='cuda' if gpu else 'cpu', dtype=torch.bfloat16 if gpu else torch.float32, requires_grad=True)
+    x = torch.randn(B, T, C, **options)
+    taps = torch.randn(C, K, **options)
+    qkv = torch.randn(B, T, 3 * C, **options)
+    kernel = torch.randn(K, hs, **options)
+    backends = {'flash': SDPBackend.FLASH_ATTENTION} | ({'cuDNN': SDPBackend.CUDNN_ATTENTION} if gpu else {})
+    softmaxes = {name: lambda qkv, form=with_backend(which): form(*heads(qkv, nh)) for name, which in backends.items()}
     return {
-        'depthwise convolution': ((x, taps), {
-            'depthwise_conv (conv1d)': conv.depthwise_conv, 'conv1d, contiguous (B, C, T)': conv1d, 'shifts': shifts}),
-        'query-made kernel': ((qkv, kernel), {
-            'product': product, 'product, wider': wider, 'per head': per_head, 'per head, wider': per_head_wider}),
-        'near scores': ((qkv, kernel), {
-            'near keys, and product': near_and_product, 'kernel added to the near keys': near_in_one}),
+        'depthwise convolution': ((x, taps), convolutions(T, C, K)),
+        'query-made kernel': ((qkv, kernel), query_made(nh, far)),
+        'near scores': ((qkv, kernel), near_scores(nh, far)),
+        'composite attention': ((qkv, kernel), attentions(nh, far)),
         'softmax attention': ((qkv,), softmaxes),
     }
 
@@ -430,7 +480,13 @@ def time_parts(args, device, write):
         jobs = {}
         for name, f in known.items():
             f = torch.compile(f, dynamic=False) if gpu else f
-            jobs[name] = partial(forward_backward, f, inputs, torch.randn_like(f(*inputs)))
+            try:
+                job = partial(forward_backward, f, inputs, torch.randn_like(f(*inputs)))
+                job()
+                jobs[name] = job
+            except Exception:  # of one form
+                FAILED.append(f'{part}: {name}')
+                traceback.print_exc()
         for name, seconds in alternate(jobs, device, 10).items():
             rows.append((part, name, seconds * 1e3))
             print(f'| {part} | {name} | {seconds * 1e3:.2f} |', flush=True)
@@ -477,6 +533,9 @@ def main():
         rows = attention(args, device, writer(f'speed-{device}'))
         crossovers(rows)
         save(draw(rows, name), Path(args.results, f'speed-{device}.csv'))
+    if FAILED:
+        print(f'FAILED: {", ".join(FAILED)}')
+        sys.exit(1)
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import types
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -591,6 +592,37 @@ def test_speed_steps_and_parts(monkeypatch, capsys, tmp_path, checkouts):
     assert "output alone, kernelized, not 'nanoGPT'" in capsys.readouterr().err
 
 
+def test_speed_goes_on_after_an_error(monkeypatch, capsys, tmp_path):
+    """A model or a form that ends in an error is named, the others are timed, and the exit code is 1."""
+    def broken(*_):
+        raise RuntimeError('no such kernel')
+    whole = speed.alternate
+    model = model_composite.Model(model_composite.Config(n_layer=1, n_embd=32, n_head=2))
+    monkeypatch.setattr(speed, 'alternate', lambda jobs, device, repeats: whole(jobs, device, 1))
+    monkeypatch.setattr(speed, 'FAILED', [])
+    monkeypatch.setattr(speed, 'variants', lambda *_: {'nope': lambda: model, 'bad': broken})
+    monkeypatch.setattr(speed, 'parts', lambda *_: {'part': ((torch.ones(2, requires_grad=True),),
+                                                            {'bad': broken, 'good': torch.square})})
+    for flag, name, failed in (('--steps', 'steps-cpu', 'bad'), ('--parts', 'parts-cpu', 'bad, part: bad')):
+        monkeypatch.setattr(sys, 'argv', ['speed.py', '--quick', flag, '--results', str(tmp_path)])
+        with pytest.raises(SystemExit, match='1'):
+            speed.main()
+        out, err = capsys.readouterr()
+        assert out.endswith(f'FAILED: {failed}\n') and 'no such kernel' in err
+        assert len(lib.read_csv(tmp_path / f'speed-{name}.csv')) == 1
+
+
+def test_triton_forms(run):
+    """Where triton is, its interpreter or a GPU runs the kernels against the plain forms; elsewhere a line says so."""
+    known = find_spec('triton') is not None
+    interpret = {} if torch.cuda.is_available() else {'TRITON_INTERPRET': '1'}
+    run.process('experiments/triton_forms.py', code=0 if known else 2, **interpret)
+    if known:
+        assert run.out.count('near part') >= 8 and 'WRONG' not in run.out
+    else:
+        assert run.err.endswith('pip install triton\n')
+
+
 def test_laptop(run, checkouts):
     """Every part, small: each row has its verdict by its own aim; a checkout that is not equal is not timed."""
     nano, chang = checkouts
@@ -653,9 +685,12 @@ def test_on_gpu(tmp_path):
     code, out = parts('glue', SCHEMES='nope fixed', RESULTS='here')
     assert out.count('--preset bert_small') == 4 and 'train.main' in out and out.count('ran experiments/finetune') == 12
     assert '--results here/glue-fixed' in out
-    code, out = parts('mend', 'steps', NANOGPT='there')
+    code, out = parts('mend', 'candidates', 'steps', NANOGPT='there')
     assert out.count('ran test_equivalence.py --chapter 8') == 2 and out.count('ran -c import torch, train') == 2
-    assert out.index('--steps --models conv --results /') < out.index('--steps --nanogpt there --kernels --results')
+    assert out.count('ran experiments/triton_forms.py') == out.count('ran experiments/speed.py --parts') == 1
+    assert out.count('composite-triton-cudnn conv-triton conv-triton-cudnn --kernels --results') == 2  # +, ran
+    assert 'ran experiments/speed.py --steps --models nope composite conv kernelized nanoGPT --nanogpt there' in out
+    assert out.index('--steps --models conv --results /') < out.index('nanoGPT --nanogpt there --kernels --results')
     assert parts('speed')[1].count('ran experiments/speed.py --results experiments/results') == 1
     assert parts('curves', 'nothing')[0] == parts()[0] == 2
 

@@ -430,15 +430,20 @@ def relative_weights(bias, far):
     return (bias - largest).exp(), [(log_weight - largest).exp() for log_weight in far]
 
 
-def attend_near_and_far(q, k, v, weights, far):
+def attend_near_and_far(q, k, v, weights, far, near=lambda x: x):
     """Attention to near keys by a matrix, and to far keys, which share one weight, by their sums.
 
-    q (..., T, m), k (..., S, m), v (..., S, hs), weights (..., T, S).
+    q (..., T, m), near(k) (..., S, m), near(v) (..., S, hs), weights (..., T, S).
     far: a list of (weight (..., T, 1), sum of phi(k)^T v (..., m, hs), sum of phi(k) (..., 1, m)).
     """
-    att = (q @ k.transpose(-2, -1)) * weights  # (..., T, S)
-    y = att.to(v.dtype) @ v
-    total = att.sum(-1, keepdim=True)
+    def near_sums(q, k, v, weights):
+        att = (q @ near(k).transpose(-2, -1)) * weights  # (..., T, S)
+        return att.to(v.dtype) @ near(v), att.sum(-1, keepdim=True)
+
+    if torch.compiler.is_compiling():  # made again in the backward pass: a third less is kept for it
+        y, total = checkpoint(near_sums, q, k, v, weights, use_reentrant=False, preserve_rng_state=False)
+    else:
+        y, total = near_sums(q, k, v, weights)
     for weight, kv, k_sum in far:
         y = y + weight * (q @ kv.to(q.dtype))
         total = total + weight * (q * k_sum).sum(-1, keepdim=True)
@@ -502,7 +507,7 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
     kv = (shown.transpose(3, 4) @ v.to(shown.dtype)).to(wide)  # (B, nh, n_chunks, m, hs)
     k_sum = shown.sum(3, keepdim=True, dtype=wide)  # (B, nh, n_chunks, 1, m)
     far = [(spread(end), add_up(kv), add_up(k_sum)) for end, (_, add_up) in zip(ends, sides)]
-    y = attend_near_and_far(q, near(k), near(v), spread(weights), far)  # (B, nh, n_chunks, chunk, hs)
+    y = attend_near_and_far(q, k, v, spread(weights), far, near)  # (B, nh, n_chunks, chunk, hs)
     return y.view(B, nh, n_chunks * chunk, -1)[:, :, :T]
 
 

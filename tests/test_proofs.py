@@ -4,6 +4,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 from conftest import BASELINES, REPO, run_here
 
@@ -152,6 +153,21 @@ def test_the_chapter_for_gpus_runs_on_a_cpu(monkeypatch, claim):
     vars(proofs)[f'test_{claim}']()  # raises if a case fails
     cases = dict(models_in_bfloat16=4, compiled_training_steps=3, one_of_many_processes=1)
     assert len(proofs.CASES) == cases[claim] and all(case.badness < 0.5 for case in proofs.CASES)
+
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_chunks_compiled(causal):
+    """Compiled, attend_chunked makes its weights again in the backward pass: the same value and gradients."""
+    from model_kernelized import attend_chunked
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    inputs = [torch.rand(2, 2, 200, 8, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    inputs.append(torch.randn(2, 41, dtype=torch.float64, requires_grad=True))
+    found = []
+    for form in (attend_chunked, torch.compile(attend_chunked, dynamic=False, backend='aot_eager', fullgraph=True)):
+        y = form(*inputs, causal)
+        found.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_the_chapter_for_gpus_sees_a_wrong_compiler(monkeypatch):

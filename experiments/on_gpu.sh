@@ -202,11 +202,11 @@ steps() {
 }
 
 candidates() {
-    local by_hand=(composite-triton composite-triton-cudnn conv-triton conv-triton-cudnn)
+    local by_hand=(composite-triton composite-triton-cudnn conv-triton conv-triton-cudnn kernelized-triton)
     experiment speed --parts
     [ -z "$quick" ] || return
     job() { run python3 experiments/speed.py --steps --models "$1" --results "$scratch"; }
-    at_once composite-triton composite-triton-cudnn conv-triton
+    at_once composite-triton composite-triton-cudnn kernelized-triton
     run python3 experiments/speed.py --steps --models nope "${by_hand[@]}" --kernels --results "$results/candidates"
 }
 

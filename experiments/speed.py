@@ -103,7 +103,7 @@ def forms(gpu):
              'softmax, flash': (with_backend(SDPBackend.FLASH_ATTENTION), any_n)}
     if gpu:
         known['softmax, cuDNN'] = (with_backend(SDPBackend.CUDNN_ATTENTION), any_n)
-    return known | {
+    known |= {
         'composite, dense': (compiled(with_kernel_scores(composite.attend_dense)), matrix),
         'composite, fast': (compiled(with_kernel_scores(composite.attend_fast)), any_n),
         'kernelized, dense': (compiled(with_features(kernelized.attend_dense)), matrix),
@@ -111,6 +111,11 @@ def forms(gpu):
         'kernelized, FFT': (with_features(kernelized.attend_fft), any_n),
         'kernelized, chunked': (compiled(with_features(kernelized.attend_chunked)), any_n),
     }
+    if by_hand := kernels_by_hand():
+        attend_fast = by_hand.with_kernels(composite).attend_fast
+        known['composite, Triton'] = (compiled(with_kernel_scores(attend_fast)), any_n)
+        known['kernelized, Triton'] = (compiled(with_features(by_hand.attend_chunked)), any_n)
+    return known
 
 
 def clock(device):
@@ -198,6 +203,10 @@ def at_length(n, tokens, args, device, put):
             seen[name] = memory, shape[0] * n, backend(job)
         except torch.OutOfMemoryError:
             print(f'n = {n}: {name}: out of memory', flush=True)
+            continue
+        except Exception:  # of one form
+            FAILED.append(f'n = {n}: {name}')
+            traceback.print_exc()
             continue
         both[name] = job
         put(n, name, math.nan, once, *seen[name])
@@ -317,6 +326,7 @@ def variants(args, size):
         for name, module in (('composite', composite), ('conv', conv)):
             known[f'{name}-triton'] = partial(ours, by_hand.with_kernels(module), size)
             known[f'{name}-triton-cudnn'] = partial(ours, by_hand.with_kernels(module, by_cudnn=True), size)
+        known['kernelized-triton'] = partial(ours, by_hand.with_kernels(kernelized), size)
     unknown = [name for name in args.models or [] if name not in known]
     if unknown:
         die(f'--models takes {", ".join(known)}, not {unknown[0]!r}')

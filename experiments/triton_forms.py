@@ -1,9 +1,10 @@
 """
-Two parts of a layer as Triton kernels by hand, in place of what torch.compile and cuDNN make of them: the near part of
-composite attention, and the depthwise convolution. Candidates: no model uses them, because no GPU has timed them yet.
+Three parts of a layer as Triton kernels by hand, in place of what torch.compile and cuDNN make of them: the near part
+of composite attention, the depthwise convolution, and kernelized attention by chunks. Candidates: no model uses them,
+because no GPU has timed them yet.
 
     python experiments/triton_forms.py                       # on a GPU: are they equal to the plain forms?
-    TRITON_INTERPRET=1 python experiments/triton_forms.py    # the same on a CPU, where `pip install triton` works
+    TRITON_INTERPRET=1 python experiments/triton_forms.py    # the same on a CPU: pip install triton "numpy<2.4"
     python experiments/speed.py --steps --models nope composite composite-triton conv conv-triton
 
 FarNear in model_composite.py joins flash attention to the far keys with a convolution over the near ones. Compiled, the
@@ -23,6 +24,7 @@ keys. That should move 0.9 GB more. With near keys at distance 0 ... 3:
 import argparse
 import math
 import sys
+from functools import cache
 from importlib import util
 
 import torch
@@ -31,6 +33,7 @@ from lib import die
 
 import model_composite
 import model_conv
+import model_kernelized
 
 try:
     import triton
@@ -41,8 +44,11 @@ except ImportError:
 # Tokens of a program. One of 64 has fewer neighbours to read, one of 16 fewer products that do not count; a GPU tries
 # all three, the interpreter takes the last.
 SIZES = [triton.Config({'BLOCK': size}, num_warps=size // 16) for size in (16, 32, 64)]
-SIZES = SIZES if torch.cuda.is_available() else SIZES[2:]
-DEPTHWISE_BLOCK = 64  # tokens and channels of a program
+WARPS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (1, 2)]
+if not torch.cuda.is_available():
+    SIZES, WARPS = SIZES[2:], WARPS[:1]
+BLOCK = 64  # tokens of a program of the other kernels
+CHUNK = 128  # far sums are made for every 128 tokens, as model_kernelized.py does on a GPU
 
 
 @triton.jit
@@ -365,8 +371,8 @@ def shifted_sums(x: torch.Tensor, w: torch.Tensor, first: int, T: int) -> torch.
     B, S, C = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = x.new_empty(B, T, C)
-    grid = (triton.cdiv(T, DEPTHWISE_BLOCK), triton.cdiv(C, DEPTHWISE_BLOCK), B)
-    depthwise_kernel[grid](x, w.contiguous(), y, S, T, C, first, *x.stride()[:2], K=w.size(0), BLOCK=DEPTHWISE_BLOCK)
+    grid = (triton.cdiv(T, BLOCK), triton.cdiv(C, BLOCK), B)
+    depthwise_kernel[grid](x, w.contiguous(), y, S, T, C, first, *x.stride()[:2], K=w.size(0), BLOCK=BLOCK)
     return y
 
 
@@ -380,11 +386,11 @@ def sums_over_rows(x: torch.Tensor, dy: torch.Tensor, first: int, K: int) -> tor
     """(K, C): the gradient of w in shifted_sums."""
     B, T, C = dy.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
-    blocks = triton.cdiv(T, DEPTHWISE_BLOCK)
+    blocks = triton.cdiv(T, BLOCK)
     dw = x.new_empty(B, blocks, K, C, dtype=torch.float32)
-    grid = (blocks, triton.cdiv(C, DEPTHWISE_BLOCK), B)
+    grid = (blocks, triton.cdiv(C, BLOCK), B)
     depthwise_weights_kernel[grid](x, dy.contiguous(), dw, x.size(1), T, C, first, *x.stride()[:2], K=K,
-                                   BLOCK=DEPTHWISE_BLOCK)
+                                   BLOCK=BLOCK)
     return dw.sum((0, 1))
 
 
@@ -416,14 +422,301 @@ def depthwise_conv(x, w, causal=True, past=0):
     return Depthwise.apply(x, w, past - left, x.size(1) - past)
 
 
+@triton.jit
+def chunk_scores(queries, keys, b, largest, i, j, T, R):
+    """phi(q_i).phi(k_j) and exp(b_j-i - largest_i), 0 for the future; b: the row of a head, offsets -R ... R."""
+    see = (j[None, :] <= i[:, None]) & (i < T)[:, None]
+    offset = tl.maximum(j[None, :] - i[:, None], -R)
+    log_weight = tl.load(b + offset + R, mask=see, other=-float('inf'))
+    return tl.dot(queries, tl.trans(keys), input_precision='ieee'), tl.exp(log_weight - largest[:, None])
+
+
+@triton.jit
+def far_weight(b, largest, chunk, reach):
+    """exp(b_-R - largest_i), 0 where no chunk is far: there it could overflow."""
+    return tl.where(chunk > reach, tl.exp(tl.minimum(tl.load(b) - largest, 0.0)), 0.0)
+
+
+@triton.autotune(WARPS, key=['T', 'R'])
+@triton.jit
+def chunk_forward_kernel(q, k, v, b, largest, kv, k_sum, y, total, T, nh, n_chunks, R, reach, sb, sh, st,
+                         M: tl.constexpr, HS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0) * BLOCK
+    i = start + tl.arange(0, BLOCK)
+    features = tl.arange(0, M)
+    channels = tl.arange(0, HS)
+    chunk = start // CHUNK
+    q += head * T * M
+    k += head * T * M
+    v += head // nh * sb + head % nh * sh
+    b += head % nh * (2 * R + 1)
+    queries = load_rows(q, i, T, M, features)
+    top = tl.load(largest + head % nh * T + i, mask=i < T, other=0.0)
+    sums = tl.zeros((BLOCK, HS), tl.float32)
+    totals = tl.zeros((BLOCK,), tl.float32)
+    for first in range(tl.maximum(chunk - reach, 0) * CHUNK, start + BLOCK, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        scores, weight = chunk_scores(queries, load_rows(k, j, T, M, features), b, top, i, j, T, R)
+        att = scores * weight
+        totals += tl.sum(att, 1)
+        sums += tl.dot(att.to(queries.dtype), load_rows(v, j, T, st, channels), input_precision='ieee')
+    weight = far_weight(b, top, chunk, reach)
+    place = head * n_chunks + chunk
+    far = tl.load(kv + place * M * HS + features[:, None] * HS + channels[None, :]).to(queries.dtype)
+    sums += weight[:, None] * tl.dot(queries, far, input_precision='ieee')
+    totals += weight * tl.sum(queries * tl.load(k_sum + place * M + features)[None, :], 1)
+    totals = tl.where(totals > 1e-30, totals, float('inf'))  # all features have vanished
+    y += (head // nh * T * nh + head % nh) * HS
+    tl.store(y + i[:, None] * (nh * HS) + channels[None, :], sums / totals[:, None], mask=(i < T)[:, None])
+    tl.store(total + head * T + i, totals, mask=i < T)
+
+
+@triton.jit
+def load_fraction(dy, mean, total, i, T, row, channels):
+    """The gradients of the numerator (BLOCK, HS) and of the denominator (BLOCK) of rows i; mean: sum of dy y."""
+    below = tl.load(total + i, mask=i < T, other=float('inf'))
+    return load_rows(dy, i, T, row, channels) / below[:, None], -tl.load(mean + i, mask=i < T, other=0.0) / below
+
+
+@triton.autotune(WARPS, key=['T', 'R'])
+@triton.jit
+def chunk_queries_kernel(q, k, v, b, largest, kv, k_sum, dy, mean, total, dq, d_kv, d_k_sum, d_far, T, nh, n_chunks, R,
+                         reach, sb, sh, st, M: tl.constexpr, HS: tl.constexpr, CHUNK: tl.constexpr,
+                         BLOCK: tl.constexpr):
+    """Gradients of the queries of a block, and of the far sums and the far weight from these queries."""
+    head = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0) * BLOCK
+    i = start + tl.arange(0, BLOCK)
+    features = tl.arange(0, M)
+    channels = tl.arange(0, HS)
+    chunk = start // CHUNK
+    q += head * T * M
+    k += head * T * M
+    v += head // nh * sb + head % nh * sh
+    b += head % nh * (2 * R + 1)
+    dy += (head // nh * T * nh + head % nh) * HS
+    queries = load_rows(q, i, T, M, features)
+    top = tl.load(largest + head % nh * T + i, mask=i < T, other=0.0)
+    above, below = load_fraction(dy, mean + head * T, total + head * T, i, T, nh * HS, channels)
+    narrow = above.to(queries.dtype)
+    sum_q = tl.zeros((BLOCK, M), tl.float32)
+    for first in range(tl.maximum(chunk - reach, 0) * CHUNK, start + BLOCK, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        keys = load_rows(k, j, T, M, features)
+        _, weight = chunk_scores(queries, keys, b, top, i, j, T, R)
+        values = load_rows(v, j, T, st, channels)
+        ds = (tl.dot(narrow, tl.trans(values), input_precision='ieee') + below[:, None]) * weight
+        sum_q += tl.dot(ds.to(queries.dtype), keys, input_precision='ieee')
+    weight = far_weight(b, top, chunk, reach)
+    place = head * n_chunks + chunk
+    far = tl.load(kv + place * M * HS + features[:, None] * HS + channels[None, :]).to(queries.dtype)
+    far_sum = tl.load(k_sum + place * M + features)
+    d_features = tl.dot(narrow, tl.trans(far), input_precision='ieee') + below[:, None] * far_sum[None, :]
+    sum_q += weight[:, None] * d_features
+    tl.store(dq + head * T * M + i[:, None] * M + features[None, :], sum_q, mask=(i < T)[:, None])
+    tl.store(d_far + head * T + i, weight * tl.sum(queries * d_features, 1), mask=i < T)
+    weighted = queries * weight[:, None]
+    place = head * tl.num_programs(0) + tl.program_id(0)
+    tl.store(d_kv + place * M * HS + features[:, None] * HS + channels[None, :],
+             tl.dot(tl.trans(weighted.to(queries.dtype)), narrow, input_precision='ieee'))
+    tl.store(d_k_sum + place * M + features, tl.sum(weighted * below[:, None], 0))
+
+
+@triton.autotune(WARPS, key=['T', 'R'])
+@triton.jit
+def chunk_keys_kernel(q, k, v, b, largest, dy, mean, total, dk, dv, T, nh, R, reach, sb, sh, st, M: tl.constexpr,
+                      HS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradients of the keys and values of a block from the queries that are near to them."""
+    head = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0) * BLOCK
+    j = start + tl.arange(0, BLOCK)
+    features = tl.arange(0, M)
+    channels = tl.arange(0, HS)
+    q += head * T * M
+    k += head * T * M
+    v += head // nh * sb + head % nh * sh
+    b += head % nh * (2 * R + 1)
+    out = (head // nh * T * nh + head % nh) * HS
+    keys = load_rows(k, j, T, M, features)
+    values = load_rows(v, j, T, st, channels)
+    sum_k = tl.zeros((BLOCK, M), tl.float32)
+    sum_v = tl.zeros((BLOCK, HS), tl.float32)
+    for first in range(start, tl.minimum((start // CHUNK + reach + 1) * CHUNK, T), BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        queries = load_rows(q, i, T, M, features)
+        top = tl.load(largest + head % nh * T + i, mask=i < T, other=0.0)
+        above, below = load_fraction(dy + out, mean + head * T, total + head * T, i, T, nh * HS, channels)
+        narrow = above.to(queries.dtype)
+        scores, weight = chunk_scores(queries, keys, b, top, i, j, T, R)
+        sum_v += tl.dot(tl.trans((scores * weight).to(queries.dtype)), narrow, input_precision='ieee')
+        ds = (tl.dot(narrow, tl.trans(values), input_precision='ieee') + below[:, None]) * weight
+        sum_k += tl.dot(tl.trans(ds.to(queries.dtype)), queries, input_precision='ieee')
+    tl.store(dk + head * T * M + j[:, None] * M + features[None, :], sum_k, mask=(j < T)[:, None])
+    tl.store(dv + out + j[:, None] * (nh * HS) + channels[None, :], sum_v, mask=(j < T)[:, None])
+
+
+@triton.autotune(WARPS, key=['T', 'R'])
+@triton.jit
+def chunk_weights_kernel(q, k, v, b, largest, dy, mean, total, db, T, nh, R, reach, sb, sh, st, M: tl.constexpr,
+                         HS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradients of the log-weights of queries and keys that are a fixed number of blocks apart, summed over a text."""
+    head = tl.program_id(1).to(tl.int64)
+    apart = tl.program_id(0) * BLOCK
+    features = tl.arange(0, M)
+    channels = tl.arange(0, HS)
+    q += head * T * M
+    k += head * T * M
+    v += head // nh * sb + head % nh * sh
+    b += head % nh * (2 * R + 1)
+    dy += (head // nh * T * nh + head % nh) * HS
+    sums = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(apart, T, BLOCK):
+        if start - apart >= (start // CHUNK - reach) * CHUNK:  # else these keys are far
+            i = start + tl.arange(0, BLOCK)
+            j = i - apart
+            queries = load_rows(q, i, T, M, features)
+            top = tl.load(largest + head % nh * T + i, mask=i < T, other=0.0)
+            above, below = load_fraction(dy, mean + head * T, total + head * T, i, T, nh * HS, channels)
+            scores, weight = chunk_scores(queries, load_rows(k, j, T, M, features), b, top, i, j, T, R)
+            values = load_rows(v, j, T, st, channels)
+            d_att = tl.dot(above.to(queries.dtype), tl.trans(values), input_precision='ieee') + below[:, None]
+            sums += scores * weight * d_att
+    place = (head * tl.num_programs(0) + tl.program_id(0)) * BLOCK * BLOCK
+    rows = tl.arange(0, BLOCK)
+    tl.store(db + place + rows[:, None] * BLOCK + rows[None, :], sums)
+
+
+def chunk_sizes(q, v, b):
+    """Number of chunks, near chunks before a query's own, and the numbers and constants that all chunk kernels take."""
+    T, m = q.shape[2:]
+    R = b.size(1) // 2
+    n_chunks = triton.cdiv(T, CHUNK)
+    reach = max(0, triton.cdiv(R - 1, CHUNK))
+    constants = dict(M=m, HS=v.size(-1), CHUNK=CHUNK, BLOCK=BLOCK)
+    return n_chunks, reach, [R, reach, *v.stride()[:3]], constants
+
+
+@torch.library.custom_op('triton_forms::chunk_forward', mutates_args=())
+def chunk_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: torch.Tensor, largest: torch.Tensor,
+                  kv: torch.Tensor, k_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (B, T, nh, hs) and the normaliser (B, nh, T); arguments as in Chunks below."""
+    q, k, b, kv, k_sum = [x.contiguous() for x in (q, k, b, kv, k_sum)]
+    v = v if v.stride(-1) == 1 else v.contiguous()
+    B, nh, T, hs = v.shape
+    y = v.new_empty(B, T, nh, hs)
+    total = largest.new_empty(B, nh, T)
+    n_chunks, _, numbers, constants = chunk_sizes(q, v, b)
+    chunk_forward_kernel[triton.cdiv(T, BLOCK), B * nh](q, k, v, b, largest, kv, k_sum, y, total, T, nh, n_chunks,
+                                                       *numbers, **constants)
+    return y, total
+
+
+@chunk_forward.register_fake
+def _(q, k, v, b, largest, *_):
+    B, nh, T, hs = v.shape
+    return v.new_empty(B, T, nh, hs), largest.new_empty(B, nh, T)
+
+
+@torch.library.custom_op('triton_forms::chunk_backward', mutates_args=())
+def chunk_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: torch.Tensor, largest: torch.Tensor,
+                   kv: torch.Tensor, k_sum: torch.Tensor, dy: torch.Tensor, mean: torch.Tensor,
+                   total: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients of q, k (B, nh, T, m), of v (B, T, nh, hs); of b, kv and k_sum in parts that are still to be added up:
+
+    (B, nh, blocks apart, BLOCK, BLOCK), (B, nh, blocks, m, hs), (B, nh, blocks, m), and of b's far end (B, nh, T).
+    """
+    q, k, b, kv, k_sum, dy, mean, total = [x.contiguous() for x in (q, k, b, kv, k_sum, dy, mean, total)]
+    v = v if v.stride(-1) == 1 else v.contiguous()
+    B, nh, T, hs = v.shape
+    n_chunks, reach, numbers, constants = chunk_sizes(q, v, b)
+    results = empty_gradients(q, v, largest, reach)
+    dq, dk, dv, db, d_kv, d_k_sum, d_far = results
+    shared = [q, k, v, b, largest]
+    grid = (triton.cdiv(T, BLOCK), B * nh)
+    chunk_queries_kernel[grid](*shared, kv, k_sum, dy, mean, total, dq, d_kv, d_k_sum, d_far, T, nh, n_chunks, *numbers,
+                               **constants)
+    chunk_keys_kernel[grid](*shared, dy, mean, total, dk, dv, T, nh, *numbers, **constants)
+    chunk_weights_kernel[db.size(2), B * nh](*shared, dy, mean, total, db, T, nh, *numbers, **constants)
+    return results
+
+
+def empty_gradients(q, v, largest, reach):
+    """What chunk_backward fills."""
+    B, nh, T, m = q.shape
+    blocks = triton.cdiv(T, BLOCK)
+    apart = min(blocks, (reach + 1) * (CHUNK // BLOCK))
+    return [torch.empty_like(q, memory_format=torch.contiguous_format),
+            torch.empty_like(q, memory_format=torch.contiguous_format), v.new_empty(B, T, nh, v.size(-1)),
+            largest.new_empty(B, nh, apart, BLOCK, BLOCK), v.new_empty(B, nh, blocks, m, v.size(-1)),
+            largest.new_empty(B, nh, blocks, m), largest.new_empty(B, nh, T)]
+
+
+@chunk_backward.register_fake
+def _(q, k, v, b, largest, *_):
+    return empty_gradients(q, v, largest, chunk_sizes(q, v, b)[1])
+
+
+class Chunks(torch.autograd.Function):
+    """Near keys by small matrices and far ones by their sums, causal, in one kernel forward and three backward.
+
+    q, k (B, nh, T, m): features; v (B, nh, T, hs); b (nh, 2R+1). largest (nh, T): the largest log-weight of a row,
+    which cancels. kv (B, nh, n_chunks, m, hs), k_sum (B, nh, n_chunks, m): sums of phi(k)^T v and phi(k) over the
+    chunks that are far from each chunk. Returns (B, T, nh, hs).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, b, largest, kv, k_sum):
+        y, total = chunk_forward(q, k, v, b, largest, kv, k_sum)
+        ctx.save_for_backward(q, k, v, b, largest, kv, k_sum, y, total)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        q, k, v, b, largest, kv, k_sum, y, total = ctx.saved_tensors
+        mean = (dy.float() * y).sum(-1).transpose(1, 2)  # (B, nh, T)
+        dq, dk, dv, db, d_kv, d_k_sum, d_far = chunk_backward(q, k, v, b, largest, kv, k_sum, dy, mean, total)
+        R = b.size(1) // 2
+        i = torch.arange(BLOCK, device=q.device)
+        apart = torch.arange(db.size(2), device=q.device)[:, None, None] * BLOCK
+        entry = (i - i[:, None] - apart + R).clamp(0, R)  # (blocks apart, BLOCK, BLOCK); of the future db is 0
+        d_b = torch.zeros_like(b).index_add(1, entry.flatten(), db.sum(0).flatten(1).to(b.dtype))
+        d_b[:, 0] += d_far.sum((0, 2))
+        each = CHUNK // BLOCK
+        odd = -d_kv.size(2) % each
+        d_kv = F.pad(d_kv, (0, 0, 0, 0, 0, odd)).unflatten(2, (-1, each)).sum(3, dtype=kv.dtype)
+        d_k_sum = F.pad(d_k_sum, (0, 0, 0, odd)).unflatten(2, (-1, each)).sum(3)
+        return dq, dk, dv.transpose(1, 2), d_b, None, d_kv, d_k_sum
+
+
+def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=CHUNK):
+    """attend_chunked of model_kernelized.py by the kernels above; causal, without padding."""
+    if not causal or valid is not None:
+        raise ValueError('the chunk kernels are causal and know no padding')
+    T, R = q.size(2), b.size(1) // 2
+    n_chunks, reach, _, _ = chunk_sizes(q, v, b)
+    past = b.detach().float()[:, :R + 1].flip(1).cummax(1)[0]  # (nh, R+1): the largest of the offsets 0 ... -r
+    largest = past[:, torch.arange(T, device=q.device).clamp(max=R)]
+    k_chunks, v_chunks = [F.pad(x, (0, 0, 0, -T % CHUNK)).unflatten(2, (n_chunks, CHUNK)) for x in (k, v)]
+
+    def sum_before(x):
+        return F.pad(x.float().cumsum(2), (0, 0) * (x.dim() - 3) + (reach + 1, 0))[:, :, :n_chunks]
+    kv = sum_before(k_chunks.transpose(3, 4) @ v_chunks)
+    k_sum = sum_before(k_chunks.sum(3, dtype=torch.float32))
+    return Chunks.apply(q, k, v, b, largest, kv, k_sum).transpose(1, 2)
+
+
+@cache
 def with_kernels(module, by_cudnn=False):
-    """A copy of a model file, model_composite or model_conv, that uses the kernels of this file; see far_and_near."""
+    """A copy of model_composite, model_conv or model_kernelized with the kernels of this file; see far_and_near."""
     name = f'{module.__name__}_with_kernels{"_and_cudnn" if by_cudnn else ""}'
     spec = util.spec_from_file_location(name, module.__file__)
     copy = sys.modules[spec.name] = util.module_from_spec(spec)
     spec.loader.exec_module(copy)
     copy.FarNear = far_and_near(by_cudnn)
     copy.depthwise_conv = depthwise_conv
+    copy.attend_chunked = attend_chunked
     return copy
 
 
@@ -446,6 +739,14 @@ def attention_of_rows(attend, nh, causal):
     return run
 
 
+def chunks_of_rows(attend, nh):
+    """attend as a function of x (B, T, 3C), whose exponentials are the features, and b."""
+    def run(x, b):
+        q, k, v = [z.unflatten(2, (nh, -1)).transpose(1, 2) for z in x.chunk(3, 2)]
+        return attend((q / 4).exp(), (k / 4).exp(), v, b)
+    return run
+
+
 def convolution_of_rows(conv, causal):
     """conv of the last third of x (B, T, 3C), with a past of 5 tokens."""
     return lambda x, w: conv(x.chunk(3, 2)[2], w, causal, 5)
@@ -453,7 +754,7 @@ def convolution_of_rows(conv, causal):
 
 def cases(gpu):
     """(name, form, plain form, inputs): small texts in float32, and on a GPU GPT-2's heads in bfloat16."""
-    shapes = [(2, 2, 9, 16, 17), (2, 2, 130, 32, 17), (1, 1, 64, 16, 35), (1, 1, 200, 16, 5)]
+    shapes = [(2, 2, 9, 16, 17), (2, 2, 130, 32, 17), (1, 1, 64, 16, 35), (1, 1, 300, 16, 5)]
     files = {'flash': with_kernels(model_composite)}
     if gpu:
         shapes = [(2, 3, 130, 64, 17), (2, 2, 1024, 64, 17)]
@@ -471,6 +772,9 @@ def cases(gpu):
                 yield f'near part, far part by {far}, {text}', *forms, (x, kernel_scores)
             forms = [convolution_of_rows(conv, causal) for conv in (depthwise_conv, model_conv.depthwise_conv)]
             yield f'depthwise convolution, {text}', *forms, (x, w)
+        forms = [chunks_of_rows(attend, nh) for attend in (attend_chunked, model_kernelized.attend_dense)]
+        b = torch.randn(nh, 2 * (T // 10) + 1, **options)
+        yield f'chunked, T = {T}, b of {b.size(1)}, causal', *forms, (x, b)
 
 
 def main():

@@ -688,7 +688,7 @@ def test_on_gpu(tmp_path):
     code, out = parts('mend', 'candidates', 'steps', NANOGPT='there')
     assert out.count('ran test_equivalence.py --chapter 8') == 2 and out.count('ran -c import torch, train') == 2
     assert out.count('ran experiments/triton_forms.py') == out.count('ran experiments/speed.py --parts') == 1
-    assert out.count('composite-triton-cudnn conv-triton conv-triton-cudnn --kernels --results') == 2  # +, ran
+    assert out.count('conv-triton conv-triton-cudnn kernelized-triton --kernels --results') == 2  # +, ran
     assert 'ran experiments/speed.py --steps --models nope composite conv kernelized nanoGPT --nanogpt there' in out
     assert out.index('--steps --models conv --results /') < out.index('nanoGPT --nanogpt there --kernels --results')
     assert parts('speed')[1].count('ran experiments/speed.py --results experiments/results') == 1

@@ -24,8 +24,8 @@
 # results. Nine commands, each under ten minutes, in this order; the first two are for a GPU that is had for fifteen:
 #
 #     export TMPDIR=/dev/shm CORPORA=corpora RESULTS=out/gpu
-#     timeout 480 bash experiments/on_gpu.sh mend candidates;                          tar czf FOLDER/0.tgz out/gpu
-#     timeout 330 bash experiments/on_gpu.sh steps;                                    tar czf FOLDER/1.tgz out/gpu
+#     timeout 540 bash experiments/on_gpu.sh mend candidates;                          tar czf FOLDER/0.tgz out/gpu
+#     timeout 300 bash experiments/on_gpu.sh steps;                                    tar czf FOLDER/1.tgz out/gpu
 #     timeout 560 bash experiments/on_gpu.sh check;                                    tar czf FOLDER/2.tgz out/gpu
 #     timeout 560 bash experiments/on_gpu.sh more-steps;                               tar czf FOLDER/3.tgz out/gpu
 #     timeout 560 bash experiments/on_gpu.sh speed variance;                           tar czf FOLDER/4.tgz out/gpu
@@ -103,12 +103,12 @@ mend() {
     job() {
         case $1 in
         proof-*) run python3 test_equivalence.py --chapter 8 $rehearse "${1#proof-}" ;;
-        kernels) run python3 experiments/triton_forms.py ;;
+        kernels-*) run python3 experiments/triton_forms.py --only "${1#kernels-}" ;;
         masked-*) train --model "${1#masked-}" "${small[@]}" --objective masked --out_dir "$scratch/$1" ;;
         *) train --model "$1" "${small[@]}" --out_dir "$scratch/$1" ;;
         esac
     }
-    local kernels=kernels
+    local kernels='kernels-near kernels-cudnn kernels-convolution kernels-chunks'
     [ -z "$quick" ] || kernels=
     run python3 prepare_data.py --dataset python
     at_once proof-composite proof-conv composite masked-conv $kernels
@@ -195,7 +195,7 @@ glue() {
 other=(${NANOGPT:+--nanogpt "$NANOGPT"})
 
 steps() {
-    job() { run python3 experiments/speed.py --steps --models "$1" --results "$scratch"; }
+    job() { run python3 experiments/speed.py --steps --models "$1" --results "$scratch/$1"; }
     [ -n "$quick" ] || at_once composite conv kernelized  # compiled at the same time, and then in the cache
     experiment speed --steps --models nope composite conv kernelized ${NANOGPT:+nanoGPT} \
         ${other[@]+"${other[@]}"} --kernels
@@ -203,11 +203,12 @@ steps() {
 
 candidates() {
     local by_hand=(composite-triton composite-triton-cudnn conv-triton conv-triton-cudnn kernelized-triton)
+    if [ -z "$quick" ]; then
+        job() { run python3 experiments/speed.py --steps --models "$1" --results "$scratch/$1"; }
+        at_once composite-triton composite-triton-cudnn kernelized-triton
+        run python3 experiments/speed.py --steps --models nope "${by_hand[@]}" --kernels --results "$results/candidates"
+    fi
     experiment speed --parts
-    [ -z "$quick" ] || return
-    job() { run python3 experiments/speed.py --steps --models "$1" --results "$scratch"; }
-    at_once composite-triton composite-triton-cudnn kernelized-triton
-    run python3 experiments/speed.py --steps --models nope "${by_hand[@]}" --kernels --results "$results/candidates"
 }
 
 more_steps() {

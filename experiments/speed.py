@@ -146,6 +146,11 @@ def alternate(jobs, device, repeats):
                 print(f'{name}: out of memory while it was timed, left out', flush=True)
                 del times[name]
                 continue
+            except Exception:
+                FAILED.append(name)
+                traceback.print_exc()
+                del times[name]
+                continue
             if repeat:
                 times[name].append(clock(device) - start)
     return {name: statistics.median(t) for name, t in times.items()}
@@ -367,6 +372,7 @@ def steps(args, device, write, write_kernels):
         except Exception:  # of one model: the others are timed all the same
             FAILED.append(name)
             traceback.print_exc()
+    job = path = None
     ms = {name: seconds * 1e3 for name, seconds in alternate(jobs, device, 10).items()}
     seen = {name: rows[name][4:] for name in ms}
     rows.clear()

@@ -687,7 +687,8 @@ def test_on_gpu(tmp_path):
     assert '--results here/glue-fixed' in out
     code, out = parts('mend', 'candidates', 'steps', NANOGPT='there')
     assert out.count('ran test_equivalence.py --chapter 8') == 2 and out.count('ran -c import torch, train') == 2
-    assert out.count('ran experiments/triton_forms.py') == out.count('ran experiments/speed.py --parts') == 1
+    assert out.count('ran experiments/triton_forms.py --only') == 4
+    assert out.count('ran experiments/speed.py --parts') == 1
     assert out.count('conv-triton conv-triton-cudnn kernelized-triton --kernels --results') == 2  # +, ran
     assert 'ran experiments/speed.py --steps --models nope composite conv kernelized nanoGPT --nanogpt there' in out
     assert out.index('--steps --models conv --results /') < out.index('nanoGPT --nanogpt there --kernels --results')

@@ -86,7 +86,8 @@ def test_temperature_and_seed_decide_the_draws():
         generator = torch.Generator().manual_seed(seed)
         drawn.append([sample.draw(logits, 0.5, 0, generator) for _ in range(2000)])
     share = torch.bincount(torch.tensor(drawn[0])) / 2000
-    assert (share - (2 * logits).softmax(-1)).abs().max() < 0.03 and drawn[0] == drawn[1] != drawn[2]
+    assert (share - (2 * logits).softmax(-1)).abs().max() < 0.03
+    assert [drawn[0] == other for other in drawn] == [True, True, False]  # short: a diff takes hours
 
 
 class Likes(torch.nn.Module):

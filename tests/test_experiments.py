@@ -612,6 +612,12 @@ def test_speed_goes_on_after_an_error(monkeypatch, capsys, tmp_path):
         assert len(lib.read_csv(tmp_path / f'speed-{name}.csv')) == 1
 
 
+def test_speed_leaves_out_what_fails_while_it_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(speed, 'FAILED', [])
+    found = speed.alternate({'bad': iter([1]).__next__, 'good': list}, 'cpu', 2)  # `bad` works once
+    assert list(found) == ['good'] and speed.FAILED == ['bad'] and 'StopIteration' in capsys.readouterr().err
+
+
 def test_triton_forms(run):
     """Where triton is, its interpreter or a GPU runs the kernels against the plain forms; elsewhere a line says so."""
     known = find_spec('triton') is not None

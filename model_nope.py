@@ -1,20 +1,19 @@
 """
-No positional embeddings (NoPE): a Transformer that is never told where a token stands.
+No positional embeddings (NoPE): a Transformer that receives no information about the positions of its tokens.
 
 Chi, Fan, Chen, Rudnicky, Ramadge, "Latent Positional Information is in the Self-Attention Variance of Transformer
 Language Models Without Positional Embeddings", ACL 2023. https://arxiv.org/abs/2305.13571
 
-The causal mask leaks position. Token m attends to m tokens; near initialisation its attention is almost uniform, so
-its output is a mean of m nearly independent values, and the variance of that mean depends on m:
+    a_mn = softmax over n of q_m.k_n / sqrt(hs), n <= m          o_m = W_O sum_n a_mn v_n
 
-    o_m  ~  (W_O W_V / m) sum_{n <= m} x_n          var(o_m)  ~  d^2 sigma^4 / m          (d = n_embd, sigma = init_std)
+The causal mask reveals the position: token m (m = 1, 2, ...) attends to m tokens. Near initialization the attention is
+almost uniform, so o_m is a mean of m nearly independent vectors, and its variance falls with m:
 
-Without the causal mask the model is permutation-equivariant: it sees a bag of tokens. The theory assumes the plain
-initialisation, scale_residual_init=False, and a d sigma^2 that stays the same when d changes.
+    o_m ~ (1/m) sum_{n <= m} W_O W_V x_n                         var(o_m) ~ d^2 sigma^4 / m
 
-This file is also the control of every comparison: the other model files are this text plus their position scheme.
-With --absolute it is GPT-2 (causal) or BERT (not causal). The attention does not depart from the paper.
-Plain form: explicit loops in test_equivalence.py. Fast form: torch's scaled_dot_product_attention.
+Without the causal mask the model is permutation-equivariant. The theory needs scale_residual_init=False.
+Glossary: d = n_embd, sigma = init_std, H = n_head, hs = d / H (channels per head). Departures from the paper: none.
+With --absolute the model is GPT-2 (causal) or BERT. The other model files are this text plus their position scheme.
 """
 import math
 from dataclasses import dataclass
@@ -28,26 +27,50 @@ from torch.nn import functional as F
 class Config:
     vocab_size: int = 256  # rows of the embedding; train.py sets it from the data, padded up to a multiple of 64
     block_size: int = 128  # training length in tokens
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # attention heads in a block
+    n_layer: int = 4  # number of blocks
+    n_head: int = 4  # attention heads per block
     n_embd: int = 128  # channels of the residual stream, a multiple of n_head
-    dropout: float = 0.0  # on the embedding and on what each branch adds to the residual stream
+    dropout: float = 0.0  # applied to the embedding and to the output of each branch
     bias: bool = False  # biases in Linear and LayerNorm
-    causal: bool = True  # False: every token sees every token (masked language model)
-    absolute: bool = False  # learned absolute positions added to the embedding: the baseline that every scheme replaces
+    causal: bool = True  # False: every token attends to every token (masked language model)
+    absolute: bool = False  # learned absolute positions, added to the embedding
     init_std: float = 0.02  # standard deviation of the initial Linear and Embedding weights
     scale_residual_init: bool = True  # scale the residual projections by 1/sqrt(2 n_layer), as GPT-2 does
 
 
-def visible(T, S, causal=True, valid=None, device=None):
-    """Which of S keys each of the last T tokens sees: bool (T, S), or (B, 1, T, S) with padding.
+def equation(attention, x):
+    """The layer as in the equation above, one query and one key at a time: x (B, T, C) -> (B, T, C)."""
+    B, T, C = x.shape
+    q, k, v = [z.view(B, T, attention.n_head, -1) for z in attention.c_attn(x).split(C, 2)]  # (B, T, nh, hs)
+    y = torch.zeros_like(q)
+    for i in range(T):
+        keys = range(i + 1 if attention.causal else T)
+        scores = [(q[:, i] * k[:, j]).sum(-1) / math.sqrt(q.size(-1)) for j in keys]  # each (B, nh)
+        y[:, i] = sum(weight[..., None] * v[:, j] for j, weight in zip(keys, torch.stack(scores).softmax(0)))
+    return attention.c_proj(y.view(B, T, C))
 
-    valid (B, S) bool: False is padding, seen by its own query alone, so that no row of the softmax is empty.
+
+def score_mask(T, S, causal, valid, x):
+    """What is added to the scores of the last T of S tokens: 0 for visible keys, -inf for the others.
+
+    valid (B, S) bool or None: False marks padding, which is visible only to itself, so that every softmax row keeps a
+    key. Returns (T, S), or (B, 1, T, S) with padding, in the dtype and on the device of x.
     """
-    i = torch.arange(S - T, S, device=device)[:, None]
-    j = torch.arange(S, device=device)
-    see = j <= i if causal else (j >= 0).expand(T, S)
-    return see if valid is None else see & (valid[:, None, None, :] | (i == j))
+    offset = torch.arange(S, device=x.device) - torch.arange(S - T, S, device=x.device)[:, None]  # (T, S): j - i
+    hidden = offset > (0 if causal else S)
+    if valid is not None:
+        hidden = hidden | (~valid[:, None, None] & (offset != 0))  # (B, 1, T, S)
+    return torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, -math.inf)
+
+
+def attend(q, k, v, causal=True, valid=None):
+    """Softmax attention of the last T of S tokens: q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs)."""
+    T, S = q.size(2), k.size(2)
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and S <= 256:  # there matrices are faster than the library
+        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, nh, T, S)
+        return (scores + score_mask(T, S, causal, valid, q)).softmax(-1) @ v
+    mask = None if valid is None and T in (1, S) else score_mask(T, S, causal, valid, q)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and causal and T > 1)
 
 
 class Attention(nn.Module):
@@ -66,21 +89,16 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, 2)  # each (B, T, C)
         q, k, v = [z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v)]  # (B, nh, T, hs)
-        if state is not None:  # decoding: the keys and values of the past come first
+        if state is not None:  # decoding: x holds only the new tokens, the cache what came before
             if 'k' in state:
                 k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)
                 v = torch.cat((state['v'], v), 2)
             state.update(k=k, v=v)
-        S = k.size(2)
-        masked = valid is not None or 1 < T < S  # padding, or several tokens that follow a past
-        mask = visible(T, S, self.causal, valid, x.device) if masked else None
-        triangle = self.causal and T == S and not masked  # torch's own causal mask
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangle)  # (B, nh, T, hs)
+        y = attend(q, k, v, self.causal, valid)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-class MLP(nn.Module):
-
+class MLP(nn.Module):  # MLP, Block and Model are the same text in every model file
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -91,7 +109,6 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -102,12 +119,11 @@ class Block(nn.Module):
 
     def forward(self, x, valid=None, state=None):
         x = x + self.drop(self.attn(self.ln_1(x), valid, state))
-        x = x + self.drop(self.mlp(self.ln_2(x)))
-        return x
+        return x + self.drop(self.mlp(self.ln_2(x)))
 
 
 class Model(nn.Module):
-    """A GPT-2 (causal) or a pre-norm BERT (not causal) around the Attention above."""
+    """A GPT-2 (causal) or a pre-norm BERT (not causal) with the Attention above."""
 
     def __init__(self, config):
         super().__init__()
@@ -118,10 +134,9 @@ class Model(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.apply(self.init_weights)
-        if config.scale_residual_init:
-            for name, p in self.named_parameters():
-                if name.endswith('c_proj.weight'):
-                    nn.init.normal_(p, std=config.init_std / math.sqrt(2 * config.n_layer))
+        for name, p in self.named_parameters():
+            if config.scale_residual_init and name.endswith('c_proj.weight'):
+                nn.init.normal_(p, std=config.init_std / math.sqrt(2 * config.n_layer))
 
     def init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -130,29 +145,27 @@ class Model(nn.Module):
             nn.init.zeros_(module.bias)
 
     def new_state(self):
-        """An empty memory for decoding: a dict per layer, which forward(..., state=...) fills."""
+        """An empty cache for decoding: one dict per layer, filled by forward(..., state=...)."""
         return [{'seen': 0} for _ in self.h]
 
     def hidden(self, idx, valid=None, state=None):
-        """idx (B, T) int64 -> (B, T, C) after the last norm: what the head, probes and classifiers read.
+        """Token ids (B, T) int64 -> hidden states (B, T, C) after the last LayerNorm.
 
-        valid (B, T) bool: False marks padding, which no other token sees. state: see new_state(); idx are then the
-        tokens that follow those already fed. ValueError where absolute positions end or a state meets causal=False.
+        valid (B, T) bool: False marks padding. No other token sees it; positions count from the first real token.
+        state: the cache from new_state(); idx then holds the tokens that follow those already fed.
+        Raises ValueError if absolute positions end, or if a state meets padding or causal=False.
         """
-        B, T = idx.shape
-        past = 0 if state is None else state[0]['seen']  # tokens fed before these
+        T = idx.size(1)
+        past = 0 if state is None else state[0]['seen']  # tokens in the cache
+        if state is not None and (valid is not None or not self.config.causal):
+            raise ValueError('decoding from a state needs causal=True and no padding (valid=None)')
         x = self.wte(idx)  # (B, T, C)
+        first = 0 if valid is None else valid.int().argmax(1, keepdim=True)  # index of the first real token, (B, 1)
+        pos = (torch.arange(past, past + T, device=idx.device) - first).clamp_min(0)  # (T,) or (B, T)
         if self.wpe is not None:
             if past + T > self.config.block_size:
                 raise ValueError(f'absolute positions end at block_size={self.config.block_size}, not at {past + T}')
-            x = x + self.wpe.weight[past:past + T]
-        if state is not None:
-            if not self.config.causal:
-                raise ValueError('decoding from a state needs causal=True')
-            if valid is not None or 'valid_so_far' in state[0]:  # padding, now or before
-                now = torch.ones_like(idx, dtype=torch.bool) if valid is None else valid
-                before = state[0].get('valid_so_far', now.new_ones(B, past))
-                valid = state[0]['valid_so_far'] = torch.cat((before, now), 1)  # (B, past + T)
+            x = x + self.wpe(pos)
         x = self.drop(x)
         for i, block in enumerate(self.h):
             x = block(x, valid, None if state is None else state[i])
@@ -161,17 +174,16 @@ class Model(nn.Module):
         return self.ln_f(x)
 
     def forward(self, idx, targets=None, where=None, valid=None, state=None):
-        """-> logits (B, T, vocab_size), mean cross entropy in nats or None. With a loss, logits have no gradient.
+        """Returns logits (B, T, vocab_size), and None or, with targets, the mean cross entropy in nats.
 
-        targets (B, T) int64, -1 = not predicted. where (B, M) int64: predict at these places only (masked language
-        model); logits are then (B, M, vocab_size) and targets (B, M). idx, valid, state: see hidden().
+        targets (B, T) int64: -1 is not predicted. where (B, M) int64: positions to predict (masked language model);
+        logits are then (B, M, vocab_size) and targets (B, M). idx, valid, state: see hidden().
         """
         x = self.hidden(idx, valid, state)
         if where is not None:
             x = x.gather(1, where[..., None].expand(-1, -1, x.size(2)))  # (B, M, C)
-        logits = F.linear(x, self.wte.weight)  # the head is the embedding
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-            logits = logits.detach()  # only the loss has a gradient: a compiled backward pass is smaller then
-        return logits, loss
+        logits = F.linear(x, self.wte.weight)  # the output head shares the embedding's weights
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits.detach(), loss  # only the loss has a gradient: a compiled backward pass is smaller then

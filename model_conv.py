@@ -70,7 +70,8 @@ def equation(attention, x):
         part = attention.c_attn(x).split(C, 2)[i]  # (B, T, C)
         if kernel is not None:
             convolved = attention.c_attn(convolve(x, lambda i, r: kernel[:, r])).split(C, 2)[i]
-            part = torch.cat((convolved[..., :attention.half], part[..., attention.half:]), 2)
+            half = attention.n_head // 2 * (C // attention.n_head)
+            part = torch.cat((convolved[..., :half], part[..., half:]), 2)
         parts.append(part.view(B, T, attention.n_head, -1))
     q, k, v = parts  # each (B, T, nh, hs)
     if attention.mixer == 'lightweight':
@@ -158,6 +159,17 @@ def depthwise_conv(x, w, causal=True, past=0):
     return F.conv1d(x, w[:, None], groups=x.size(1)).transpose(1, 2)
 
 
+def with_past(x, valid, state, name, keep):
+    """x (B, T, C), zero at padding, after at most `keep` earlier tokens from the cache -> (B, past + T, C), past."""
+    x = x if valid is None else x * valid[..., None]
+    if state is None:
+        return x, 0
+    old = state.get(name, x[:, :0])
+    x = torch.cat((old, x), 1)
+    state[name] = x[:, max(0, x.size(1) - keep):].clone()  # a view would keep a long prompt in memory
+    return x, old.size(1)
+
+
 class Attention(nn.Module):
     """Self-attention with convolutions before, inside and after its softmax, or a convolution in its place."""
 
@@ -240,17 +252,6 @@ class Attention(nn.Module):
         if self.dynamic is not None:
             kernel_scores = kernel_scores + q @ self.dynamic.T / math.sqrt(q.size(-1))  # (B, nh, T, 2k+1)
         return attend_dense(q, k, v, kernel_scores, self.causal, valid)
-
-
-def with_past(x, valid, state, name, keep):
-    """x (B, T, C), zero at padding, after at most `keep` earlier tokens from the cache -> (B, past + T, C), past."""
-    x = x if valid is None else x * valid[..., None]
-    if state is None:
-        return x, 0
-    old = state.get(name, x[:, :0])
-    x = torch.cat((old, x), 1)
-    state[name] = x[:, max(0, x.size(1) - keep):].clone()  # a view would keep a long prompt in memory
-    return x, old.size(1)
 
 
 class MLP(nn.Module):  # MLP, Block and Model are the same text in every model file

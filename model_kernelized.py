@@ -400,6 +400,7 @@ def attend_recurrent(q, k, v, b, state):
         near = ((q @ k.transpose(-2, -1)) * C) @ values  # (B, nh, T, hs+1)
         y = divide(near.to(acc_dtype) + c[:, :1, None] * (q.to(acc_dtype) @ state['kv'])).to(v.dtype)
     old = max(0, k.size(2) - R)  # keys at R or more tokens from all that follow
-    kv = k[:, :, :old].transpose(-2, -1).to(acc_dtype) @ values[:, :, :old].to(acc_dtype)
+    with torch.autocast(q.device.type, enabled=False):  # in bfloat16 a long sum stops growing
+        kv = k[:, :, :old].transpose(-2, -1).to(acc_dtype) @ values[:, :, :old].to(acc_dtype)
     state.update(kv=state.get('kv', 0) + kv, k=k[:, :, old:].clone(), values=values[:, :, old:].clone())
     return y

@@ -131,7 +131,7 @@ FILES = sorted(set(FILES))  # names of all model files; one next to this file ta
 CHOSEN = list(FILES)  # those to check: the command line may choose
 VARIANTS = {  # (file, fields) of our own files, at small sizes; any other file runs with its defaults
     'nope': ('nope', dict()),
-    'absolute': ('nope', dict(absolute=True)),
+    'nope, absolute': ('nope', dict(absolute=True)),
     'composite': ('composite', dict(kernel_size=5, bias=True)),
     'composite, key-dependent': ('composite', dict(kernel_size=5, dynamic_key=True)),
     'composite, no content': ('composite', dict(kernel_size=3, content=False, fixed=False)),
@@ -648,7 +648,7 @@ def main():
     parser = argparse.ArgumentParser(description='What equals what in this project, checked. Exit 1 if a check fails.')
     parser.add_argument('models', nargs='*', metavar='MODEL', help=f'only the checks of these: {", ".join(FILES)}')
     parser.add_argument('--all', action='store_true', help='print every case')
-    parser.add_argument('--first', action='store_true', help='stop after the first test that fails')
+    parser.add_argument('--first', action='store_true', help='stop after the first failure')
     arguments = parser.parse_args()
     unknown = [name for name in arguments.models if name not in FILES]
     if unknown:
@@ -668,10 +668,8 @@ def main():
             print('-' * 77, ' cases     error     limit')
         print(f'\n{test.__doc__}')
         new_checks, new_failed = print_checks(arguments.all)
+        checks, cases, failed = checks + new_checks, cases + len(CASES), failed + new_failed
         sys.stdout.flush()
-        checks += new_checks
-        cases += len(CASES)
-        failed += new_failed
         if failed and arguments.first:
             break
     print(f'\n{checks} checks, {cases:,} cases, {failed} checks failed')

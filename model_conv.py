@@ -316,11 +316,11 @@ class Model(nn.Module):
         if state is not None and (valid is not None or not self.config.causal):
             raise ValueError('decoding from a state needs causal=True and no padding (valid=None)')
         x = self.wte(idx)  # (B, T, C)
-        first = 0 if valid is None else valid.int().argmax(1, keepdim=True)  # index of the first real token, (B, 1)
-        pos = (torch.arange(past, past + T, device=idx.device) - first).clamp_min(0)  # (T,) or (B, T)
         if self.wpe is not None:
             if past + T > self.config.block_size:
                 raise ValueError(f'absolute positions end at block_size={self.config.block_size}, not at {past + T}')
+            first = 0 if valid is None else valid.int().argmax(1, keepdim=True)  # index of the first real token, (B, 1)
+            pos = (torch.arange(past, past + T, device=idx.device) - first).clamp_min(0)  # (T,) or (B, T)
             x = x + self.wpe(pos)
         x = self.drop(x)
         for i, block in enumerate(self.h):

@@ -308,11 +308,11 @@ class Model(nn.Module):
         if state is not None and (valid is not None or not self.config.causal):
             raise ValueError('decoding from a state needs causal=True and no padding (valid=None)')
         x = self.wte(idx)  # (B, T, C)
-        first = 0 if valid is None else valid.int().argmax(1, keepdim=True)  # index of the first real token, (B, 1)
-        pos = (torch.arange(past, past + T, device=idx.device) - first).clamp_min(0)  # (T,) or (B, T)
         if self.wpe is not None:
             if past + T > self.config.block_size:
                 raise ValueError(f'absolute positions end at block_size={self.config.block_size}, not at {past + T}')
+            first = 0 if valid is None else valid.int().argmax(1, keepdim=True)  # index of the first real token, (B, 1)
+            pos = (torch.arange(past, past + T, device=idx.device) - first).clamp_min(0)  # (T,) or (B, T)
             x = x + self.wpe(pos)
         x = self.drop(x)
         for i, block in enumerate(self.h):
@@ -402,5 +402,7 @@ def attend_recurrent(q, k, v, b, state):
     old = max(0, k.size(2) - R)  # keys at R or more tokens from all that follow
     with torch.autocast(q.device.type, enabled=False):  # in bfloat16 a long sum stops growing
         kv = k[:, :, :old].transpose(-2, -1).to(acc_dtype) @ values[:, :, :old].to(acc_dtype)
-    state.update(kv=state.get('kv', 0) + kv, k=k[:, :, old:].clone(), values=values[:, :, old:].clone())
+    state['kv'] = state.get('kv', 0) + kv
+    for name, x in (('k', k), ('values', values)):
+        state[name] = x[:, :, old:].clone() if T > 1 else x[:, :, old:]  # a view would keep a long prompt in memory
     return y

@@ -183,13 +183,15 @@ class Model(nn.Module):
         if state is not None and (valid is not None or not self.config.causal):
             raise ValueError('decoding from a state needs causal=True and no padding (valid=None)')
         x = self.wte(idx)  # (B, T, C)
-        first = 0 if valid is None else valid.int().argmax(1, keepdim=True)  # index of the first real token, (B, 1)
-        pos = (torch.arange(past, past + T, device=idx.device) - first).clamp_min(0)  # (T,) or (B, T)
         if self.wpe is not None:
             if past + T > self.config.block_size:
                 raise ValueError(f'absolute positions end at block_size={self.config.block_size}, not at {past + T}')
+            first = 0 if valid is None else valid.int().argmax(1, keepdim=True)  # index of the first real token, (B, 1)
+            pos = (torch.arange(past, past + T, device=idx.device) - first).clamp_min(0)  # (T,) or (B, T)
             x = x + self.wpe(pos)
-        p = pos.to(torch.promote_types(x.dtype, torch.float32)).expand(x.shape[:2])  # bfloat16 would round 2001 to 2000
+        first = 0 if valid is None else valid.int().argmax(1, keepdim=True)  # index of the first real token, (B, 1)
+        acc_dtype = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 position 2001 would be 2000
+        p = (torch.arange(past, past + T, device=idx.device, dtype=acc_dtype) - first).clamp_min(0).expand(x.shape[:2])
         if self.training and self.config.augment:
             p = augment(p, self.config.max_shift, self.config.max_scale)
         x = x + self.config.init_std * sinusoids(p, x.size(2)).to(x.dtype)

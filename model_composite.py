@@ -7,9 +7,9 @@ ACL 2021. https://arxiv.org/abs/2106.05505
     a_ij = q_i.k_j / sqrt(hs)  +  q_i.W_{j-i} / sqrt(hs)  +  beta_{j-i}          softmax over j          (equation 6)
            content                dynamic kernel            fixed kernel
 
-What is convolved with what: to convolve values v with a kernel beta, y_i = sum_j beta_{j-i} v_j, multiply v by a matrix
-that repeats the kernel along its diagonals. A relative position embedding adds just such a matrix to the attention
-scores. For three tokens and a kernel (a, b, c) of the offsets j - i = -1, 0, 1:
+To convolve values v with a kernel beta, y_i = sum_j beta_{j-i} v_j, multiply v by a matrix that repeats the kernel
+along its diagonals. A relative position embedding adds such a matrix to the attention scores.
+For three tokens and a kernel (a, b, c) of the offsets j - i = -1, 0, 1:
 
     b c c          Row i: query, column j: key. Offsets beyond +-k share the end entries, as in the authors' code.
     a b c          Fixed kernel: learned, the same for every query (T5). Dynamic kernel: each query computes its own,
@@ -43,12 +43,12 @@ class Config:
     init_std: float = 0.02  # standard deviation of the initial Linear and Embedding weights
     scale_residual_init: bool = True  # scale the residual projections by 1/sqrt(2 n_layer), as GPT-2 does
     # the position scheme
-    kernel_size: int = 17  # 2k+1 offsets with an entry of their own, odd; offsets beyond +-k share the end entries
+    kernel_size: int = 17  # 2k+1, odd: one entry for each offset -k ... k; offsets beyond share the end entries
     content: bool = True  # q_i.k_j
     dynamic: bool = True  # query-dependent kernel (Shaw et al. 2018)
     fixed: bool = True  # kernel that is the same for every query (T5)
-    dynamic_key: bool = False  # key-dependent kernel k_j.W'_{i-j} / sqrt(hs), mirrored; dense form only
-    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # fast: no (T, T) matrix; auto: fast for long sequences
+    dynamic_key: bool = False  # key-dependent kernel k_j.W'_{i-j} / sqrt(hs), with offsets i - j
+    attention: Literal['auto', 'dense', 'fast'] = 'auto'  # fast: no (T, T) matrix, unless padded, cached, dynamic_key
 
 
 def equation(attention, x):
@@ -83,12 +83,12 @@ def along_diagonals(kernel, past, n, future=None):
         g g h i i i          g g h i i                                                  g g h
     """
     T, k = kernel.size(-2), kernel.size(-1) // 2
-    left, right = T - 1 + past - k, n - past - k  # how often the ends are repeated; negative: entries to leave out
+    left, right = T - 1 + past - k, n - past - k  # repeats of the end entries; negative: entries to drop
     first = kernel[..., :1].expand(*kernel.shape[:-1], max(left, 0))
     middle = kernel[..., max(-left, 0):2 * k + 1 - max(-right, 0) if future is None else k + 1]
     last = kernel[..., -1:] if future is None else kernel.new_full((1,), future)
     last = last.expand(*kernel.shape[:-1], max(right, 0) if future is None else n - past)
-    rows = torch.cat((first, middle, last), -1)  # (..., T, T+n): offsets 1-T-past ... n-past
+    rows = torch.cat((first, middle, last), -1)  # (..., T, T+n); the row stride T+n-1 then shifts each row by one
     return rows.as_strided((*rows.shape[:-1], n), (*rows.stride()[:-2], T + n - 1, 1), T - 1)
 
 
@@ -105,8 +105,8 @@ def attend_dense(q, k, v, kernel_scores, causal=True, valid=None, key_kernel_sco
     att = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, nh, T, hs) x (B, nh, hs, S) -> (B, nh, T, S)
     att = att + along_diagonals(kernel_scores, past, S, -math.inf if causal else None)
     if key_kernel_scores is not None:
-        att = att + along_diagonals(key_kernel_scores, -past, T).transpose(-2, -1)
-    if valid is not None:  # padding is visible only to itself, so that every softmax row keeps a key
+        att = att + along_diagonals(key_kernel_scores, -past, T).transpose(-2, -1)  # row j: key j, column i: query i
+    if valid is not None:  # padding is visible only to itself, so that no softmax row is empty
         visible = valid[:, None, None] | torch.eye(S, dtype=torch.bool, device=q.device)
         att = att.masked_fill(~visible, -math.inf)
     return att.softmax(-1).to(v.dtype) @ v  # (B, nh, T, S) x (B, nh, S, hs) -> (B, nh, T, hs)
@@ -114,7 +114,7 @@ def attend_dense(q, k, v, kernel_scores, causal=True, valid=None, key_kernel_sco
 
 class Attention(nn.Module):
     """Self-attention with fixed, query-dependent and key-dependent convolution kernels in its scores."""
-    fast_on_cuda = False  # whether 'auto' may take the fast form there: choose_attention() decides
+    fast_on_cuda = False  # whether 'auto' may be fast on CUDA: set by choose_attention()
 
     def __init__(self, config):
         super().__init__()
@@ -139,7 +139,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, 2)  # each (B, T, C)
         q, k, v = [z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v)]  # (B, nh, T, hs)
-        if state is not None:  # decoding: x holds only the new tokens, the cache what came before
+        if state is not None:  # decoding: x holds the new tokens, the cache the earlier ones
             if 'k' in state:
                 k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)
                 v = torch.cat((state['v'], v), 2)
@@ -151,7 +151,7 @@ class Attention(nn.Module):
             kernel_scores = kernel_scores + q @ self.dynamic.T * scale  # (B, nh, T, 2k+1)
         key_kernel_scores = None if self.dynamic_key is None else k @ self.dynamic_key.T * scale  # (B, nh, S, 2k+1)
         q = q if self.content else torch.zeros_like(q)
-        long = T >= 512 and self.fast_on_cuda if x.is_cuda else T >= 256 and x.device.type == 'cpu'
+        long = (T >= 512 and self.fast_on_cuda) if x.is_cuda else (T >= 256 and x.device.type == 'cpu')
         fast = self.attention == 'fast' or (self.attention == 'auto' and long)
         if fast and valid is None and T == k.size(2) and key_kernel_scores is None:
             y = attend_fast(q, k, v, kernel_scores, self.causal)
@@ -160,7 +160,7 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-class MLP(nn.Module):  # MLP, Block and Model are the same text in every model file
+class MLP(nn.Module):  # MLP, Block and Model are identical in every model file, but for lines of a scheme
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -213,9 +213,9 @@ class Model(nn.Module):
     def hidden(self, idx, valid=None, state=None):
         """Token ids (B, T) int64 -> hidden states (B, T, C) after the last LayerNorm.
 
-        valid (B, T) bool: False marks padding. No other token sees it; positions count from the first real token.
-        state: the cache from new_state(); idx then holds the tokens that follow those already fed.
-        Raises ValueError if absolute positions end, or if a state meets padding or causal=False.
+        valid (B, T) bool: False marks padding, invisible to other tokens; absolute positions start after it.
+        state: the cache from new_state(); idx then holds only the new tokens. Raises ValueError for a state with
+        padding or causal=False, and for more than block_size tokens with absolute=True.
         """
         T = idx.size(1)
         past = 0 if state is None else state[0]['seen']  # tokens in the cache
@@ -224,7 +224,7 @@ class Model(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             if past + T > self.config.block_size:
-                raise ValueError(f'absolute positions end at block_size={self.config.block_size}, not at {past + T}')
+                raise ValueError(f'absolute positions: {past + T} tokens exceed block_size={self.config.block_size}')
             first = 0 if valid is None else valid.int().argmax(1, keepdim=True)  # index of the first real token, (B, 1)
             pos = (torch.arange(past, past + T, device=idx.device) - first).clamp_min(0)  # (T,) or (B, T)
             x = x + self.wpe(pos)
@@ -238,7 +238,7 @@ class Model(nn.Module):
     def forward(self, idx, targets=None, where=None, valid=None, state=None):
         """Returns logits (B, T, vocab_size), and None or, with targets, the mean cross entropy in nats.
 
-        targets (B, T) int64: -1 is not predicted. where (B, M) int64: positions to predict (masked language model);
+        targets (B, T) int64: -1 is ignored. where (B, M) int64: positions to predict (masked language model);
         logits are then (B, M, vocab_size) and targets (B, M). idx, valid, state: see hidden().
         """
         x = self.hidden(idx, valid, state)
@@ -248,11 +248,11 @@ class Model(nn.Module):
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits.detach(), loss  # only the loss has a gradient: a compiled backward pass is smaller then
+        return logits.detach(), loss  # detached logits make a compiled backward pass smaller
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper ends here. attend_fast computes the same result as attend_dense without a (T, T) matrix.
+# Not in the paper: attend_fast computes the same result as attend_dense without a (T, T) matrix.
 compile_once = functools.cache(torch.compile)
 
 
@@ -270,8 +270,8 @@ def attend_fast(q, k, v, kernel_scores, causal=True):
 def attend_near_and_far(q, k, v, kernel_scores, causal=True):
     """The paper's idea as an algorithm in O(T) memory: global content (far keys) + local convolution (near keys).
 
-    Keys at k or more tokens share an end entry of the kernel, and softmax(x + c) = softmax(x): minus its left end
-    entry, the kernel is 0 for far keys. A softmax over the log-sum-exps joins the parts. With a causal mask and k = 2:
+    Keys k or more tokens away share an end entry of the kernel, and softmax(x + c) = softmax(x): minus its left end
+    entry, the kernel is 0 for far keys. The parts are averaged with weights softmax(log-sum-exps). Causal, k = 2:
 
         n          n: near keys, offsets 1-k ... 0; f: far keys, offsets -k and less. Without the causal mask, near
         n n        keys have offsets 1-k ... k-1, and a third part has the offsets k and more: its bias is the right end
@@ -291,8 +291,8 @@ def attend_near_and_far(q, k, v, kernel_scores, causal=True):
 def attend_to_offsets(q, k, v, low, high, bias=None):
     """Softmax attention to the keys at offsets low ... high -> y (B, nh, T, hs), log-sum-exp (B, nh, T).
 
-    bias (B, nh, T, 2k+1) is added to the scores at the clipped offsets. On a CPU FlexAttention has no backward pass:
-    matrices compute the same result. A query without such keys has a log-sum-exp so low that its weight is 0.
+    bias (B, nh, T, 2k+1) is added to the scores at the clipped offsets. FlexAttention has no backward pass on a CPU:
+    there, explicit matrices are used. A query without such keys gets a log-sum-exp that makes its weight 0.
     """
     T, reach = q.size(2), 0 if bias is None else bias.size(-1) // 2
 
@@ -314,7 +314,7 @@ def attend_to_offsets(q, k, v, low, high, bias=None):
 
 
 def choose_attention(model, dtype):
-    """Let 'auto' be fast on CUDA if it agrees with dense there; called once per run. Returns a line to print."""
+    """Enable the fast form on CUDA if it matches dense there; called once per run. Returns a line to print."""
     layer, hs = model.h[0].attn, model.config.n_embd // model.config.n_head
     if layer.attention != 'auto' or not layer.c_attn.weight.is_cuda:
         return None

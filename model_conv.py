@@ -14,14 +14,14 @@ Each place where a convolution enters the layer has its own switch:
     queries_keys, values   before attention: a depthwise convolution precedes the projection in half of the heads
     output                 after attention (equation 7): softmax(a) v + depthwise(v)
     mixer                  'lightweight' or 'dynamic': that convolution in place of attention, its kernel normalized by
-                           a softmax over its entries (Wu et al. 2019); with --no-output nothing else is left
+                           a softmax over its entries (Wu et al. 2019)
 
 In the scores, offsets beyond +-k share the end entry, as in model_composite.py. Elsewhere the kernel of a causal model
 covers the token itself and the 2k tokens before it. The default is `output` alone.
 
 Glossary (paper = code): 2k+1 = kernel_size, beta = lightweight (scores) or conv_out (output), W^C = dynamic.
 Departures: causal models too, pre-norm blocks, no dropout of attention weights, no bias in depthwise convolutions.
-Forms: equation() as loops, then attend(), attend_dense() with kernels in the scores, and conv1d.
+Forms: equation() as loops; attend() without and attend_dense() with kernels in the scores.
 """
 import math
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ def equation(attention, x):
     B, T, C = x.shape
     K = attention.kernel_size
 
-    def convolve(x, weight):  # weight(i, r): what token i multiplies its neighbor number r by
+    def convolve(x, weight):  # weight(i, r): kernel entry r of token i
         left = K - 1 if attention.causal else K // 2
         y = [sum(weight(i, r) * x[:, i + r - left] for r in range(K) if 0 <= i + r - left < T) for i in range(T)]
         return torch.stack(y, 1)
@@ -95,25 +95,25 @@ def equation(attention, x):
 
 
 def score_mask(T, S, causal, valid, x):
-    """What is added to the scores of the last T of S tokens: 0 for visible keys, -inf for the others.
+    """Additive mask for the scores of the last T of S tokens: 0 for visible keys, -inf for the others.
 
-    valid (B, S) bool or None: False marks padding, which is visible only to itself, so that every softmax row keeps a
-    key. Returns (T, S), or (B, 1, T, S) with padding, in the dtype and on the device of x.
+    valid (B, S) bool or None: False marks padding, which is visible only to itself, so that no softmax row is empty.
+    Returns (T, S), or (B, 1, T, S) with padding, in the dtype and on the device of x.
     """
     offset = torch.arange(S, device=x.device) - torch.arange(S - T, S, device=x.device)[:, None]  # (T, S): j - i
-    hidden = offset > (0 if causal else S)
+    masked = offset > (0 if causal else S)  # S: nothing is masked
     if valid is not None:
-        hidden = hidden | (~valid[:, None, None] & (offset != 0))  # (B, 1, T, S)
-    return torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, -math.inf)
+        masked = masked | (~valid[:, None, None] & (offset != 0))  # (B, 1, T, S)
+    return torch.zeros(masked.shape, dtype=x.dtype, device=x.device).masked_fill_(masked, -math.inf)
 
 
 def attend(q, k, v, causal=True, valid=None):
     """Softmax attention of the last T of S tokens: q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs)."""
     T, S = q.size(2), k.size(2)
-    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and S <= 256:  # there matrices are faster than the library
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and S <= 256:  # explicit matmuls are faster here
         scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, nh, T, S)
         return (scores + score_mask(T, S, causal, valid, q)).softmax(-1) @ v
-    mask = None if valid is None and T in (1, S) else score_mask(T, S, causal, valid, q)
+    mask = None if valid is None and T in (1, S) else score_mask(T, S, causal, valid, q)  # T = 1 sees all keys
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and causal and T > 1)
 
 
@@ -138,7 +138,7 @@ def dynamic_conv(x, w, causal=True, past=0):
     """Dynamic convolution (Wu et al. 2019): one kernel per token and head, shared by the channels of the head.
 
     x (B, nh, past + T, hs): the first `past` tokens precede the outputs. w (B or 1, nh, T or 1, K): entry r multiplies
-    the token at offset r - (K-1) if causal, else r - K//2. Beyond the ends x is zero. Returns (B, nh, T, hs).
+    the token at offset r - (K-1) if causal, else r - K//2. x is zero-padded. Returns (B, nh, T, hs).
     """
     K, T = w.size(-1), x.size(2) - past
     left = K - 1 if causal else K // 2
@@ -160,13 +160,13 @@ def depthwise_conv(x, w, causal=True, past=0):
 
 
 def with_past(x, valid, state, name, keep):
-    """x (B, T, C), zero at padding, after at most `keep` earlier tokens from the cache -> (B, past + T, C), past."""
+    """Prepend up to `keep` cached tokens to x (B, T, C), which is zeroed at padding -> (B, past + T, C), past."""
     x = x if valid is None else x * valid[..., None]
     if state is None:
         return x, 0
     old = state.get(name, x[:, :0])
     x = torch.cat((old, x), 1)
-    state[name] = x[:, max(0, x.size(1) - keep):].clone()  # a view would keep a long prompt in memory
+    state[name] = x[:, max(0, x.size(1) - keep):].clone()  # a view would hold the whole prompt
     return x, old.size(1)
 
 
@@ -190,9 +190,9 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-        def kernel(wanted, *shape):  # Conv1d's initialization
+        def kernel(enabled, *shape):  # Conv1d's initialization
             a = config.kernel_size ** -0.5
-            return nn.Parameter(torch.empty(*shape).uniform_(-a, a)) if wanted else None
+            return nn.Parameter(torch.empty(*shape).uniform_(-a, a)) if enabled else None
 
         C, K, hs = config.n_embd, config.kernel_size, config.n_embd // config.n_head
         attends = config.mixer == 'attention'
@@ -211,7 +211,7 @@ class Attention(nn.Module):
         qkv = list(self.c_attn(x).split(C, 2))
         kernels = (self.conv_q, self.conv_k, self.conv_v)
         if any(kernel is not None for kernel in kernels):
-            x, past = with_past(x, valid, state, 'x', self.kernel_size - 1)
+            x, past = with_past(x, valid, state, 'past_x', self.kernel_size - 1)
         for i, kernel in enumerate(kernels):
             if kernel is not None:
                 rows = slice(i * C, i * C + self.half)
@@ -224,12 +224,12 @@ class Attention(nn.Module):
     def forward(self, x, valid=None, state=None):
         B, T, C = x.shape
         q, k, v = self.project(x, valid, state)  # each (B, T, C)
-        v_and_past, past = with_past(v, valid, state, 'conv_v', self.kernel_size - 1)  # (B, past + T, C)
-        q, k, v, mixed = [z.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v, v_and_past)]
+        v_and_past, past = with_past(v, valid, state, 'past_v', self.kernel_size - 1)  # (B, past + T, C)
+        q, k, v, v_mixed = [z.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v, v_and_past)]
         if self.mixer == 'lightweight':
-            y = lightweight_conv(mixed, self.lightweight.softmax(-1), self.causal, past)
+            y = lightweight_conv(v_mixed, self.lightweight.softmax(-1), self.causal, past)
         elif self.mixer == 'dynamic':
-            y = dynamic_conv(mixed, (q @ self.dynamic.T).softmax(-1), self.causal, past)
+            y = dynamic_conv(v_mixed, (q @ self.dynamic.T).softmax(-1), self.causal, past)
         else:
             y = self.attend(q, k, v, valid, state)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -239,7 +239,7 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, valid, state):
         """Softmax attention, with or without kernels in its scores: q, k, v (B, nh, T, hs) -> (B, nh, T, hs)."""
-        if state is not None:  # decoding: x holds only the new tokens, the cache what came before
+        if state is not None:  # decoding: x holds the new tokens, the cache the earlier ones
             if 'k' in state:
                 k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)
                 v = torch.cat((state['v'], v), 2)
@@ -254,7 +254,7 @@ class Attention(nn.Module):
         return attend_dense(q, k, v, kernel_scores, self.causal, valid)
 
 
-class MLP(nn.Module):  # MLP, Block and Model are the same text in every model file
+class MLP(nn.Module):  # MLP, Block and Model are identical in every model file, but for lines of a scheme
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -307,9 +307,9 @@ class Model(nn.Module):
     def hidden(self, idx, valid=None, state=None):
         """Token ids (B, T) int64 -> hidden states (B, T, C) after the last LayerNorm.
 
-        valid (B, T) bool: False marks padding. No other token sees it; positions count from the first real token.
-        state: the cache from new_state(); idx then holds the tokens that follow those already fed.
-        Raises ValueError if absolute positions end, or if a state meets padding or causal=False.
+        valid (B, T) bool: False marks padding, invisible to other tokens; absolute positions start after it.
+        state: the cache from new_state(); idx then holds only the new tokens. Raises ValueError for a state with
+        padding or causal=False, and for more than block_size tokens with absolute=True.
         """
         T = idx.size(1)
         past = 0 if state is None else state[0]['seen']  # tokens in the cache
@@ -318,7 +318,7 @@ class Model(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             if past + T > self.config.block_size:
-                raise ValueError(f'absolute positions end at block_size={self.config.block_size}, not at {past + T}')
+                raise ValueError(f'absolute positions: {past + T} tokens exceed block_size={self.config.block_size}')
             first = 0 if valid is None else valid.int().argmax(1, keepdim=True)  # index of the first real token, (B, 1)
             pos = (torch.arange(past, past + T, device=idx.device) - first).clamp_min(0)  # (T,) or (B, T)
             x = x + self.wpe(pos)
@@ -332,7 +332,7 @@ class Model(nn.Module):
     def forward(self, idx, targets=None, where=None, valid=None, state=None):
         """Returns logits (B, T, vocab_size), and None or, with targets, the mean cross entropy in nats.
 
-        targets (B, T) int64: -1 is not predicted. where (B, M) int64: positions to predict (masked language model);
+        targets (B, T) int64: -1 is ignored. where (B, M) int64: positions to predict (masked language model);
         logits are then (B, M, vocab_size) and targets (B, M). idx, valid, state: see hidden().
         """
         x = self.hidden(idx, valid, state)
@@ -342,4 +342,4 @@ class Model(nn.Module):
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits.detach(), loss  # only the loss has a gradient: a compiled backward pass is smaller then
+        return logits.detach(), loss  # detached logits make a compiled backward pass smaller

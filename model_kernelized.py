@@ -9,18 +9,18 @@ Encoding", NeurIPS 2021. https://arxiv.org/abs/2106.12566
 Random features phi turn the exponential of a dot product into a dot product, exp(q.k) ~ phi(q).phi(k), so that the sums
 over the keys can be computed first. Relative positions multiply each weight by C_ij = e^{b_{j-i}}. C is a Toeplitz
 matrix, and a Toeplitz matrix times a vector is a convolution: an FFT computes it. With q and k divided by their L2 norm
-(Algorithm 1), the error of the features stays small and training is stable; b then makes the attention sharp.
+(Algorithm 1), the error of the features stays small and training is stable; b then sharpens the attention.
 --no-normalize --no-rpe is plain random-feature attention (Performer), with q and k divided by hs^(1/4).
 
 Glossary (paper = code): m = n_features, w_1 ... w_m = w, b = b, one per head; n = T, d = hs (channels per head).
-Departures: each layer has its own b (the paper shares it over the layers); offsets beyond +-max_distance share the end
-entries of b (max_distance >= block_size is the paper's b; the end entries are never trained then, so choose less for
-longer sequences); the random matrix is drawn once per layer, shared by the heads, and kept.
+Departures: each layer has its own b; the random matrix is drawn once per layer, shared by the heads, and kept. Offsets
+beyond +-max_distance share the end entries of b. If max_distance >= block_size, b is that of the paper, but training
+never reaches its end entries: to decode longer sequences, train with a smaller max_distance.
 Forms, all with the same result up to rounding: equation() as loops, attend_dense as matrices, attend_fft (the paper's
 algorithm), attend_chunked in O(T) for a fixed max_distance, attend_recurrent for decoding. They equal softmax attention
-only in the limit of many features. In float32 the visible entries of b may span about 80 nats. The FFT rounds all sums
-to 1e-7 of the largest: rows with far smaller weights lose their digits, and rounding lets later tokens leak in. This
-happens if a causal b favors far offsets by more than about 5 nats, and with --no-normalize. `auto` never takes the FFT.
+only in the limit of many features. In float32 the visible entries of b may span about 80 nats. The error of the FFT is
+1e-7 of the largest sum: much smaller sums are inaccurate and may depend on later tokens. This happens if a causal b
+favors far offsets by more than about 5 nats, and with --no-normalize. `auto` never takes the FFT.
 """
 import math
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ def equation(attention, x):
     for i in range(T):
         keys = range(i + 1 if attention.causal else T)
         weights = [(phi(q[:, i]) * phi(k[:, j])).sum(-1) * b[:, max(-R, min(R, j - i)) + R].exp() for j in keys]
-        y[:, i] = sum(w[..., None] * v[:, j] for j, w in zip(keys, weights)) / sum(weights)[..., None]
+        y[:, i] = sum(weights[j][..., None] * v[:, j] for j in keys) / sum(weights)[..., None]
     return attention.c_proj(y.view(B, T, C))
 
 
@@ -95,14 +95,14 @@ def features(x, w, kind='prf', stable=False, normalize=False):
     """phi with E[phi(x).phi(y)] = exp(x.y): x (..., hs), w (m, hs) -> (..., m), in the dtype of x.
 
     prf: exp(w.x - |x|^2 / 2) / sqrt(m), positive; orf and sphere are prf with another w (sphere: unbiased for large hs
-    only). trf: exp(|x|^2 / 2) [sin(w.x), cos(w.x)] / sqrt(m), (..., 2m), of either sign. elu: elu(x) + 1 (Katharopoulos
+    only). trf: exp(|x|^2 / 2) [sin(w.x), cos(w.x)] / sqrt(m), (..., 2m), signed. elu: elu(x) + 1 (Katharopoulos
     et al. 2020), (..., hs), not an estimate of exp(x.y).
-    stable, for queries only: drop a factor per query, which cancels in equation 10, so that nothing overflows.
+    stable: drop a factor per query, which cancels in equation 10 (a factor per key would not): nothing overflows.
     normalize: x / |x| first (Algorithm 1). The exponents are then small enough for bfloat16; otherwise use float32.
     """
     square = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1, keepdim=True)  # |x|^2 (..., 1)
     if normalize:
-        x = x * square.clamp_min(1e-8).rsqrt().to(x.dtype)  # a norm below 1e-4 counts as 1e-4: bounds the gradient
+        x = x * square.clamp_min(1e-8).rsqrt().to(x.dtype)  # norm at least 1e-4: bounds the gradient
         square = x.new_ones(1)
     if kind == 'elu':
         return F.elu(x) + 1
@@ -126,17 +126,17 @@ def along_diagonals(kernel, past, n, future=None):
         g g h i i i          g g h i i                                                  g g h
     """
     T, k = kernel.size(-2), kernel.size(-1) // 2
-    left, right = T - 1 + past - k, n - past - k  # how often the ends are repeated; negative: entries to leave out
+    left, right = T - 1 + past - k, n - past - k  # repeats of the end entries; negative: entries to drop
     first = kernel[..., :1].expand(*kernel.shape[:-1], max(left, 0))
     middle = kernel[..., max(-left, 0):2 * k + 1 - max(-right, 0) if future is None else k + 1]
     last = kernel[..., -1:] if future is None else kernel.new_full((1,), future)
     last = last.expand(*kernel.shape[:-1], max(right, 0) if future is None else n - past)
-    rows = torch.cat((first, middle, last), -1)  # (..., T, T+n): offsets 1-T-past ... n-past
+    rows = torch.cat((first, middle, last), -1)  # (..., T, T+n); the row stride T+n-1 then shifts each row by one
     return rows.as_strided((*rows.shape[:-1], n), (*rows.stride()[:-2], T + n - 1, 1), T - 1)
 
 
 def relative_weights(b, causal):
-    """e^b divided by its largest visible entry, which cancels in equation 10: b (nh, 2R+1) -> (nh, 2R+1)."""
+    """e^b divided by its largest visible entry (cancels in equation 10): b (nh, 2R+1) -> (nh, 2R+1)."""
     R = b.size(-1) // 2
     visible = b[:, :R + 1] if causal else b
     c = (visible - visible.detach().amax(-1, keepdim=True)).exp()
@@ -157,11 +157,11 @@ def attend_dense(q, k, v, b, causal=True, valid=None):
     """
     T = q.size(2)
     c = relative_weights(b, causal).to(q.dtype)
-    C = along_diagonals(c[:, None].expand(-1, T, -1), 0, T, 0.0 if causal else None)  # (nh, T, T), Toeplitz
-    att = (q @ k.transpose(-2, -1)) * C  # (B, nh, T, T)
+    toeplitz = along_diagonals(c[:, None].expand(-1, T, -1), 0, T, 0.0 if causal else None)  # (nh, T, T)
+    att = (q @ k.transpose(-2, -1)) * toeplitz  # (B, nh, T, T)
     if valid is not None:
         att = att * (valid[:, None, None] | torch.eye(T, dtype=torch.bool, device=q.device))
-    values = torch.cat((v, torch.ones_like(v[..., :1])), -1)  # the last column sums up the normalizer
+    values = torch.cat((v, torch.ones_like(v[..., :1])), -1)  # the last column gives the normalizer
     return divide(att.to(v.dtype) @ values)
 
 
@@ -186,7 +186,7 @@ def attend_fft(q, k, v, b, causal=True, valid=None, group=8):
         T = q.size(2)
         q, k, values = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)]
         values = torch.cat((values, torch.ones_like(values[..., :1])), -1)  # (B, nh, T, hs+1)
-        shown = k if valid is None else k * valid[:, None, :, None]
+        visible_k = k if valid is None else k * valid[:, None, :, None]
         c = along_diagonals(relative_weights(b, causal).to(q.dtype)[:, None], T - 1, 2 * T - 1, 0.0 if causal else None)
 
         def part(q, k):  # (B, nh, T, g) -> (B, nh, T, hs+1)
@@ -194,10 +194,10 @@ def attend_fft(q, k, v, b, causal=True, valid=None, group=8):
             return torch.einsum('bhim,bhmdi->bhid', q, toeplitz_fft(c[:, None], kv))
 
         y = 0
-        for q_part, k_part in zip(q.split(group, -1), shown.split(group, -1)):  # recomputed in the backward pass
+        for q_part, k_part in zip(q.split(group, -1), visible_k.split(group, -1)):  # recomputed in the backward pass
             y = y + checkpoint(part, q_part, k_part, use_reentrant=False, preserve_rng_state=False)
-        if valid is not None:  # padding sees itself
-            y = y + (q * (k - shown)).sum(-1, keepdim=True) * c[:, :, T - 1:T] * values
+        if valid is not None:  # padding attends to itself
+            y = y + (q * (k - visible_k)).sum(-1, keepdim=True) * c[:, :, T - 1:T] * values
         return divide(y).to(v.dtype)
 
 
@@ -246,7 +246,7 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-class MLP(nn.Module):  # MLP, Block and Model are the same text in every model file
+class MLP(nn.Module):  # MLP, Block and Model are identical in every model file, but for lines of a scheme
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -299,9 +299,9 @@ class Model(nn.Module):
     def hidden(self, idx, valid=None, state=None):
         """Token ids (B, T) int64 -> hidden states (B, T, C) after the last LayerNorm.
 
-        valid (B, T) bool: False marks padding. No other token sees it; positions count from the first real token.
-        state: the cache from new_state(); idx then holds the tokens that follow those already fed.
-        Raises ValueError if absolute positions end, or if a state meets padding or causal=False.
+        valid (B, T) bool: False marks padding, invisible to other tokens; absolute positions start after it.
+        state: the cache from new_state(); idx then holds only the new tokens. Raises ValueError for a state with
+        padding or causal=False, and for more than block_size tokens with absolute=True.
         """
         T = idx.size(1)
         past = 0 if state is None else state[0]['seen']  # tokens in the cache
@@ -310,7 +310,7 @@ class Model(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             if past + T > self.config.block_size:
-                raise ValueError(f'absolute positions end at block_size={self.config.block_size}, not at {past + T}')
+                raise ValueError(f'absolute positions: {past + T} tokens exceed block_size={self.config.block_size}')
             first = 0 if valid is None else valid.int().argmax(1, keepdim=True)  # index of the first real token, (B, 1)
             pos = (torch.arange(past, past + T, device=idx.device) - first).clamp_min(0)  # (T,) or (B, T)
             x = x + self.wpe(pos)
@@ -324,7 +324,7 @@ class Model(nn.Module):
     def forward(self, idx, targets=None, where=None, valid=None, state=None):
         """Returns logits (B, T, vocab_size), and None or, with targets, the mean cross entropy in nats.
 
-        targets (B, T) int64: -1 is not predicted. where (B, M) int64: positions to predict (masked language model);
+        targets (B, T) int64: -1 is ignored. where (B, M) int64: positions to predict (masked language model);
         logits are then (B, M, vocab_size) and targets (B, M). idx, valid, state: see hidden().
         """
         x = self.hidden(idx, valid, state)
@@ -334,17 +334,17 @@ class Model(nn.Module):
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits.detach(), loss  # only the loss has a gradient: a compiled backward pass is smaller then
+        return logits.detach(), loss  # detached logits make a compiled backward pass smaller
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper ends here. What follows is faster: chunks in O(T), and decoding from a state of constant size.
+# Not in the paper: chunks in O(T), and decoding from a state of constant size.
 
 def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
     """The same result as attend_dense in O(T): near chunks of keys as matrices, far chunks as running sums.
 
-    Exact, because all keys at R or more tokens share one weight. Rows: chunks of queries; columns: chunks of keys.
-    With reach = 1 near chunk on the left:
+    Exact, because all keys R or more tokens away share one weight. Rows: chunks of queries; columns: chunks of keys.
+    With one near chunk on the left (n_left = 1):
 
         n               n: near, one matrix of chunk x 2 chunk weights, the same for every row (Toeplitz)
         n n             f: far, one weight c_-R for all keys: phi(q_i) times the running sum of phi(k_j)^T v_j
@@ -352,33 +352,34 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
         f f n n         Without the causal mask also the mirror image, with c_R.
     """
     T, R = q.size(2), b.size(-1) // 2
-    n = -(-T // chunk)  # number of chunks
-    reach = max(0, -(-(R - 1) // chunk))  # near chunks on the left; all others are R or more tokens away
-    width = reach + 1 if causal else 2 * reach + 1
+    n = -(-T // chunk)  # chunks
+    n_left = max(0, -(-(R - 1) // chunk))  # near chunks on the left; all others are R or more tokens away
+    n_near = n_left + 1 if causal else 2 * n_left + 1
     c = relative_weights(b, causal).to(q.dtype)  # (nh, 2R+1)
-    C = along_diagonals(c[:, None].expand(-1, chunk, -1), reach * chunk, width * chunk, 0.0 if causal else None)
-    values = torch.cat((v, torch.ones_like(v[..., :1])), -1)  # the last column sums up the normalizer
-    shown = k if valid is None else k * valid[:, None, :, None]
-    parts = [F.pad(x, (0, 0, 0, n * chunk - T)).unflatten(2, (n, chunk)) for x in (q, shown, values)]
+    c_rows = c[:, None].expand(-1, chunk, -1)  # (nh, chunk, 2R+1)
+    toeplitz = along_diagonals(c_rows, n_left * chunk, n_near * chunk, 0.0 if causal else None)
+    values = torch.cat((v, torch.ones_like(v[..., :1])), -1)  # the last column gives the normalizer
+    visible_k = k if valid is None else k * valid[:, None, :, None]
+    parts = [F.pad(x, (0, 0, 0, n * chunk - T)).unflatten(2, (n, chunk)) for x in (q, visible_k, values)]
     q_chunks, k_chunks, v_chunks = parts  # (B, nh, n, chunk, ...)
 
-    def near(x):  # (B, nh, n, chunk, f) -> (B, nh, n, width chunk, f): each chunk with its neighbors
-        x = F.pad(x, (0, 0, 0, 0, reach, width - reach - 1))
-        return torch.cat([x[:, :, r:r + n] for r in range(width)], 3)
+    def near(x):  # (B, nh, n, chunk, f) -> (B, nh, n, n_near * chunk, f): each chunk with its neighbors
+        x = F.pad(x, (0, 0, 0, 0, n_left, n_near - n_left - 1))
+        return torch.cat([x[:, :, r:r + n] for r in range(n_near)], 3)
 
     def sum_before(x):  # running sum over the chunks before the near ones
-        return F.pad(x.cumsum(2), (0, 0, 0, 0, reach + 1, 0))[:, :, :n].to(q.dtype)
+        return F.pad(x.cumsum(2), (0, 0, 0, 0, n_left + 1, 0))[:, :, :n].to(q.dtype)
 
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
-    att = (q_chunks @ near(k_chunks).transpose(-2, -1)) * C[:, None]  # (B, nh, n, chunk, width chunk)
+    att = (q_chunks @ near(k_chunks).transpose(-2, -1)) * toeplitz[:, None]  # (B, nh, n, chunk, n_near * chunk)
     y = (att @ near(v_chunks)).to(acc_dtype)  # (B, nh, n, chunk, hs+1)
     sums = (k_chunks.transpose(-2, -1) @ v_chunks).to(acc_dtype)  # (B, nh, n, m, hs+1)
     y = y + c[:, :1, None, None] * (q_chunks @ sum_before(sums))
     if not causal:
         y = y + c[:, -1:, None, None] * (q_chunks @ sum_before(sums.flip(2)).flip(2))
     y = y.flatten(2, 3)[:, :, :T]
-    if valid is not None:  # padding sees itself
-        y = y + (q * (k - shown)).sum(-1, keepdim=True) * c[:, R, None, None] * values
+    if valid is not None:  # padding attends to itself
+        y = y + (q * (k - visible_k)).sum(-1, keepdim=True) * c[:, R, None, None] * values
     return divide(y).to(v.dtype)
 
 
@@ -391,18 +392,18 @@ def attend_recurrent(q, k, v, b, state):
     T, R = q.size(2), b.size(-1) // 2
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
     values = torch.cat((v, torch.ones_like(v[..., :1])), -1)
-    if 'kv' not in state:  # the first tokens may be many
+    if 'kv' not in state:  # the first call has the whole prompt
         y = attend_chunked(q, k, v, b)
     else:
         k, values = [torch.cat((state[name], x), 2) for name, x in (('k', k), ('values', values))]  # (B, nh, S, ...)
         c = relative_weights(b, True).to(q.dtype)
-        C = along_diagonals(c[:, None].expand(-1, T, -1), k.size(2) - T, k.size(2), 0.0)  # (nh, T, S)
-        near = ((q @ k.transpose(-2, -1)) * C) @ values  # (B, nh, T, hs+1)
+        toeplitz = along_diagonals(c[:, None].expand(-1, T, -1), k.size(2) - T, k.size(2), 0.0)  # (nh, T, S)
+        near = ((q @ k.transpose(-2, -1)) * toeplitz) @ values  # (B, nh, T, hs+1)
         y = divide(near.to(acc_dtype) + c[:, :1, None] * (q.to(acc_dtype) @ state['kv'])).to(v.dtype)
-    old = max(0, k.size(2) - R)  # keys at R or more tokens from all that follow
-    with torch.autocast(q.device.type, enabled=False):  # in bfloat16 a long sum stops growing
+    old = max(0, k.size(2) - R)  # keys R or more tokens away from all that follow
+    with torch.autocast(q.device.type, enabled=False):  # in bfloat16 long sums lose precision
         kv = k[:, :, :old].transpose(-2, -1).to(acc_dtype) @ values[:, :, :old].to(acc_dtype)
     state['kv'] = state.get('kv', 0) + kv
     for name, x in (('k', k), ('values', values)):
-        state[name] = x[:, :, old:].clone() if T > 1 else x[:, :, old:]  # a view would keep a long prompt in memory
+        state[name] = x[:, :, old:].clone() if T > 1 else x[:, :, old:]  # a view would hold the whole prompt
     return y

@@ -1,16 +1,16 @@
 """
-What equals what in this project, checked on random numbers: values and gradients, in float64 on a CPU.
+Equivalence checks on random tensors: values and gradients, in float64 on a CPU.
 
     python test_equivalence.py            # the whole report; exit 1 if a check fails
     python test_equivalence.py conv       # only the checks of model_conv.py; --all prints every case
     python -m pytest test_equivalence.py  # the same checks as tests
 
-The left side of each line is the code of a model file. The right side is written here, or in the file's equation(), as
+The left side of each check is the code of a model file. The right side is written here, or in the file's equation(), as
 explicit sums or matrices. An error is relative to the largest entry of the right side.
 
 `python test_equivalence.py mine` checks your own model_mine.py, next to this file or in baselines/: section 7, what
 every model file guarantees. To check its formula as well, write the layer a second time in model_mine.py, as loops over
-single queries and keys (example: baselines/model_alibi.py):
+single queries and keys (example: baselines/model_alibi.py). Start from a copy of model_nope.py:
 
     def equation(attention, x):  # your Attention, x (B, T, C) -> (B, T, C)
 
@@ -110,17 +110,17 @@ def compare(text, case, ours, reference, inputs, tolerance=1e-12, floor=1e-30, *
 
 
 def check_true(text, case, condition):
-    """Record whether something holds."""
+    """Record a condition."""
     CASES.append(Case(text, case, 'yes' if condition else 'no', 'yes', 0.0 if condition else math.inf))
 
 
 def differ(a, b):
-    """Whether two tensors differ: the control without which an equality means nothing."""
+    """Whether two tensors differ: a control for the equality checks."""
     return (a - b).abs().max() > 1e-3
 
 
 def note(text):
-    """Record what is not checked."""
+    """Record a skipped check."""
     CASES.append(Case(text, '', '', '', 0.0))
 
 
@@ -154,7 +154,7 @@ VARIANTS = {  # (file, fields) of our own files, at small sizes; any other file 
 
 
 def make(module, **fields):
-    """A float64 model with random parameters, so that no term of it is zero, and tokens (2, 21) for it."""
+    """A float64 model with random parameters, so that no term is zero, and tokens (2, 21) for it."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=50, block_size=24, n_layer=2, n_head=2, n_embd=16)
     model = module.Model(module.Config(**{**sizes, **fields})).double().eval()
@@ -166,8 +166,8 @@ def make(module, **fields):
 
 def schemes(**fields):
     """(name, module, model, tokens) of every scheme that is checked, ours in their variants."""
-    others = {name: (name, {}) for name in set(CHOSEN) - {file for file, _ in VARIANTS.values()}}
-    for name, (file, own) in {**VARIANTS, **others}.items():
+    unlisted = {name: (name, {}) for name in set(CHOSEN) - {file for file, _ in VARIANTS.values()}}
+    for name, (file, own) in {**VARIANTS, **unlisted}.items():
         if file in CHOSEN:
             module = import_module(f'model_{file}')
             yield name, module, *make(module, **own, **fields)
@@ -183,7 +183,7 @@ def random_qkv(tokens=T):
 
 
 def with_gradients(f, inputs, parameters=()):
-    """[value, gradient of every input and parameter] of f(*inputs) for a fixed random gradient of the value."""
+    """[value, gradient of every input and parameter] of f(*inputs) for a fixed random output gradient."""
     y = f(*inputs)
     dy = random(*y.shape, seed=99).detach().to(y)
     return [y.detach(), *torch.autograd.grad(y, [*inputs, *parameters], dy, materialize_grads=True)]
@@ -192,8 +192,7 @@ def with_gradients(f, inputs, parameters=()):
 def check_layer(text, case, module, equation, tolerance=1e-11, tokens=T, **fields):
     """The Attention of a module = equation(attention, x), and the gradient of every parameter; causal and not."""
     for causal, mask in MASKS:
-        model, _ = make(module, **{**dict(causal=causal, n_layer=1, n_head=H, n_embd=H * D), **fields})
-        attention = model.h[0].attn
+        attention = make(module, **{**dict(causal=causal, n_layer=1, n_head=H, n_embd=H * D), **fields})[0].h[0].attn
         x = random(B, tokens, H * D)
         ours = with_gradients(attention, [x], attention.parameters())
         reference = with_gradients(partial(equation, attention), [x], attention.parameters())
@@ -202,12 +201,12 @@ def check_layer(text, case, module, equation, tolerance=1e-11, tokens=T, **field
 
 # --------------------------------------------------------------------- section 1: relative positions are convolutions
 
-def clipped(n, k=K):
+def clipped_index(n, k=K):
     """(n, n) int64: the entry of a kernel (2k+1,) for query i and key j."""
     return (torch.arange(n) - torch.arange(n)[:, None]).clamp(-k, k) + k
 
 
-def softmax(scores, v, causal):
+def reference_softmax(scores, v, causal):
     """Softmax attention from explicit exponentials: scores (B, nh, T, T), v (B, nh, T, hs) -> (B, nh, T, hs)."""
     n = v.size(2)
     if causal:
@@ -222,7 +221,7 @@ def projections(attention, x):
     return [part.view(x.size(0), x.size(1), H, D).transpose(1, 2) for part in parts]
 
 
-def output(attention, y):
+def project_out(attention, y):
     """y (B, nh, T, hs) through the output projection -> (B, T, C)."""
     return F.linear(y.transpose(1, 2).flatten(2), attention.c_proj.weight)
 
@@ -232,13 +231,15 @@ def test_shaw_and_t5_are_convolutions():
     """Shaw's relative embedding is a query-dependent kernel (equation 5), T5's bias a fixed kernel (equation 4)."""
     def shaw(attention, x):
         q, k, v = projections(attention, x)
-        keys = k[:, :, None] + attention.dynamic[clipped(T)]  # (B, nh, T, T, hs): the keys as each query sees them
-        return output(attention, softmax((q[:, :, :, None] * keys).sum(-1) / math.sqrt(D), v, attention.causal))
+        keys = k[:, :, None] + attention.dynamic[clipped_index(T)]  # (B, nh, T, T, hs): keys as seen by each query
+        scores = (q[:, :, :, None] * keys).sum(-1) / math.sqrt(D)
+        return project_out(attention, reference_softmax(scores, v, attention.causal))
 
     def t5(attention, x):
         q, k, v = projections(attention, x)
-        toeplitz = attention.fixed[:, clipped(T)]  # (nh, T, T)
-        return output(attention, softmax(q @ k.transpose(2, 3) / math.sqrt(D) + toeplitz, v, attention.causal))
+        toeplitz = attention.fixed[:, clipped_index(T)]  # (nh, T, T)
+        scores = q @ k.transpose(2, 3) / math.sqrt(D) + toeplitz
+        return project_out(attention, reference_softmax(scores, v, attention.causal))
     check_layer("content + dynamic kernel = Shaw's embeddings added to the keys", 'fixed=False', composite, shaw,
                 kernel_size=WIDTH, fixed=False)
     check_layer("content + fixed kernel = T5's bias as a Toeplitz matrix", 'dynamic=False', composite, t5,
@@ -256,8 +257,8 @@ def test_limits_of_composite_attention():
     q = torch.zeros(B, H, T, D).double()
     beta = random(H, WIDTH).detach()
     v = random(B, H, T, D).detach()
-    window = torch.full((1, H, T, WIDTH), -1e9).double()  # the end entries, shared by all farther tokens, are closed
-    window[..., 1:-1] = beta[:, None, 1:-1]
+    window = F.pad(beta[None, :, None, 1:-1], (1, 1), value=-1e9)  # the end entries, of all farther tokens, are masked
+    window = window.expand(1, H, T, WIDTH)
     kernel = beta.exp()[:, None, 1:-1]  # (nh, 1, 2K-1)
     sums = F.conv1d(v.permute(0, 3, 1, 2).reshape(B * D, H, T), kernel, padding=K - 1, groups=H)  # (B hs, nh, T)
     norms = F.conv1d(torch.ones(1, H, T).double(), kernel, padding=K - 1, groups=H)
@@ -284,15 +285,15 @@ def test_skewing_is_a_clipped_index():
 
 # ------------------------------------------------------ section 2: composite attention without a (T, T) matrix
 
-def explicit(q, k, v, kernel_scores, causal):
+def reference_attention(q, k, v, kernel_scores, causal):
     """Softmax attention with kernel_scores (B, nh, T, 2k+1) added to the scores at the clipped offsets."""
     n = q.size(2)
-    bias = kernel_scores[:, :, torch.arange(n)[:, None], clipped(n, kernel_scores.size(-1) // 2)]  # (B, nh, T, T)
-    return softmax(q @ k.transpose(2, 3) / math.sqrt(q.size(-1)) + bias, v, causal)
+    bias = kernel_scores[:, :, torch.arange(n)[:, None], clipped_index(n, kernel_scores.size(-1) // 2)]  # (B, nh, T, T)
+    return reference_softmax(q @ k.transpose(2, 3) / math.sqrt(q.size(-1)) + bias, v, causal)
 
 
 def kernel_cases():
-    """(how large the biases are, which case, [q, k, v, kernel_scores])."""
+    """(size of the biases, case, [q, k, v, kernel_scores])."""
     for end in (500, -500):  # all the weight at one end
         slope = torch.linspace(-end, end, WIDTH).double().repeat(1, H, T, 1)
         yield 'biases of hundreds of nats', f'slope {end:+d}', [*random_qkv(), slope.requires_grad_()]
@@ -309,8 +310,8 @@ def test_near_and_far_are_the_dense_form():
     for causal, mask in MASKS:
         for biases, case, inputs in kernel_cases():
             for name, form in forms.items():
-                compare(f'{name} = explicit (T, T) matrix, {biases}', f'{mask}, {case}', form, explicit, inputs, 1e-11,
-                        floor=1, causal=causal)
+                compare(f'{name} = explicit (T, T) matrix, {biases}', f'{mask}, {case}', form, reference_attention,
+                        inputs, 1e-11, floor=1, causal=causal)
 
 
 # ------------------------------------------------------- section 3: convolutions as banded Toeplitz matrices
@@ -330,7 +331,7 @@ def test_convolutions_are_banded_toeplitz_matrices():
         return torch.einsum('cij,bjc->bic', banded(w, x.size(1), causal), x)
 
     def lightweight(x, w, causal):
-        return torch.einsum('hij,bhjd->bhid', banded(w, x.size(2), causal), x)
+        return banded(w, x.size(2), causal) @ x
 
     def dynamic(x, w, causal):  # each token uses its own row of its own matrix
         return torch.einsum('bhiij,bhjd->bhid', banded(w, x.size(2), causal), x)
@@ -349,10 +350,10 @@ def test_convolutions_are_banded_toeplitz_matrices():
 def equation_10(q, k, v, b, causal=True, valid=None):
     """Kernelized attention with relative positions from explicit (T, T) matrices -> (B, nh, T, hs)."""
     n = q.size(2)
-    visible = torch.ones(n, n).tril().bool() if causal else torch.ones(n, n).bool()
+    visible = torch.ones(n, n).bool().tril(0 if causal else n)
     if valid is not None:  # padding is visible only to itself
         visible = visible & (valid[:, None, None] | torch.eye(n).bool())
-    toeplitz = b.exp()[:, clipped(n, b.size(1) // 2)]  # (nh, T, T)
+    toeplitz = b.exp()[:, clipped_index(n, b.size(1) // 2)]  # (nh, T, T)
     weights = torch.einsum('bhim,bhjm->bhij', q, k) * toeplitz * visible  # (B, nh, T, T)
     return weights / weights.sum(-1, keepdim=True) @ v
 
@@ -400,8 +401,8 @@ def test_running_state_is_equation_10():
         y, state = decode(q, k, v, b, pieces)
         case = f'R = {R}, {len(pieces)} pieces'
         check('running state = equation 10', case, y, equation_10(q, k, v, b))
-        fixed_size = state['k'].size(2) == min(R, 23) and state['kv'].shape == (B, H, 6, D + 1)
-        check_true('the state keeps R keys and one sum of fixed size', case, fixed_size)
+        check_true('the state keeps R keys and one sum of fixed size', case,
+                   state['k'].size(2) == min(R, 23) and state['kv'].shape == (B, H, 6, D + 1))
 
 
 @section(4, 'kernelized')
@@ -425,17 +426,16 @@ def test_random_features_are_unbiased():
         ours = kernelized.features(x, w[:8], kind, normalize=True)
         unit = F.normalize(x, dim=0)
         check('normalized features of x = features of x / |x|', kind, ours, kernelized.features(unit, w[:8], kind))
-    one = torch.full((D,), D ** -0.5, dtype=torch.float64)
+    one = torch.ones(D).double() / D ** 0.5
     w = kernelized.random_matrix(20000 * D, D, 'orf').double()
     for y in (one, -one):
         mean = (kernelized.features(one, w) * kernelized.features(y, w)).sum()
         check('mean of orthogonal features = exp(x.y)', f'x.y = {one @ y:.0f}', mean, (one @ y).exp(), 0.06)
     w = kernelized.random_matrix(2 ** 16, D)
-    q, k, v = (x.detach() for x in random_qkv())
-    b = random(H, WIDTH).detach()
+    q, k, v, b = [x.detach() for x in (*random_qkv(), random(H, WIDTH))]
     ours = kernelized.attend_dense(*[kernelized.features(x, w, normalize=True) for x in (q, k)], v, b)
-    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(2, 3) + b[:, clipped(T)]
-    check('65,536 features = softmax with the same b (equation 6)', 'causal', ours, softmax(scores, v, True), 0.02)
+    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(2, 3) + b[:, clipped_index(T)]
+    check('65,536 features = softmax with the same b', 'causal', ours, reference_softmax(scores, v, True), 0.02)
 
 
 # -------------------------------------------------------------------------------------------- section 5: no positions
@@ -451,13 +451,13 @@ def test_uniform_causal_attention_has_variance_1_over_m():
         attention.c_attn.weight[2 * channels:] = torch.eye(channels)  # q = k = 0, v = x
         attention.c_proj.weight.copy_(torch.eye(channels))
         y = attention(x)
-    m = torch.arange(1, n + 1, dtype=torch.float64)
+    m = torch.arange(1, n + 1).double()
     check('attention with zero queries = running mean', f'{n} tokens', y, x.cumsum(1) / m[:, None])
     check('its variance at token m = 1/m', '32,000 samples', y.var(dim=(0, 2)) * m, torch.ones_like(m), 0.05)
 
 
 @section(5, 'nope', 'composite')
-def test_only_the_mask_tells_the_order():
+def test_order_comes_from_the_mask():
     """Without positions and without the causal mask, permuted tokens give permuted logits."""
     order = torch.randperm(21, generator=torch.Generator().manual_seed(3))
 
@@ -539,7 +539,7 @@ def test_layer_is_its_equation():
 
 @section(7)
 def test_later_tokens_change_nothing_before_them():
-    """Causality: a token changes no logit before it, and no gradient flows from there to it."""
+    """Causality: logits and gradients do not depend on later tokens."""
     def changed_at_13(model, idx):
         return model(torch.cat((idx[:, :13], (idx[:, 13:] + 1) % 50), 1))[0]
     for name, _, model, idx in schemes():
@@ -557,7 +557,7 @@ def test_later_tokens_change_nothing_before_them():
 
 @section(7)
 def test_padding_changes_nothing():
-    """Marked padding changes neither logits nor loss, on the left, on the right, and beside longer sequences."""
+    """Marked padding changes neither logits nor loss, on the left, on the right, and next to longer sequences."""
     valid = (torch.arange(21) < 14).expand(2, -1)
     for causal, mask in MASKS:
         for name, _, model, idx in schemes(causal=causal):
@@ -568,10 +568,10 @@ def test_padding_changes_nothing():
             check('padding on the left = no padding', case, model(rolled, valid=valid.flip(1))[0][:, 7:], short)
             ragged = valid.clone()
             ragged[1] = True
-            check('beside a longer sequence = alone', case, model(idx, valid=ragged)[0][:1, :14], short[:1])
-            check('beside a shorter sequence = alone', case, model(idx, valid=ragged)[0][1:], model(idx)[0][1:])
+            check('next to a longer sequence = alone', case, model(idx, valid=ragged)[0][:1, :14], short[:1])
+            check('next to a shorter sequence = alone', case, model(idx, valid=ragged)[0][1:], model(idx)[0][1:])
             if not causal:
-                check_true('padding that is not marked is seen', case, differ(model(idx)[0][:, :14], short))
+                check_true('padding that is not marked is visible', case, differ(model(idx)[0][:, :14], short))
             targets = torch.where(valid, idx.roll(-1, 1), -1)
             by_hand = -short.log_softmax(-1).gather(2, targets[:, :14, None]).mean()
             check('loss with padding = mean over the real tokens', case, model(idx, targets, valid=valid)[1], by_hand)
@@ -590,9 +590,9 @@ def test_decoding_is_the_full_pass():
         state = [{**layer, 'seen': 3} for layer in model.new_state()]  # as if three tokens came before
         moved = model(idx, state=state)[0]
         if getattr(module, 'RELATIVE', True) and not model.config.absolute:
-            check('logits of a moved sequence = those at the start', name, moved, full)
+            check('logits of a shifted sequence = those at the start', name, moved, full)
         else:
-            check_true('absolute: moving a sequence changes its logits', name, differ(moved, full))
+            check_true('absolute: shifting a sequence changes its logits', name, differ(moved, full))
 
 
 @section(7)
@@ -619,8 +619,8 @@ def test_predicting_some_positions_is_predicting_all():
         full = model(idx)[0]
         picked = torch.stack([full[b, where[b]] for b in range(2)])  # (2, 3, 50)
         loss = -sum(picked[b, m].log_softmax(-1)[targets[b, m]] for b, m in predicted) / len(predicted)
-        ours = list(model(idx, targets, where=where))
-        check('logits and loss at some positions = those of all positions', name, ours, [picked, loss])
+        check('logits and loss at some positions = those of all positions', name,
+              list(model(idx, targets, where=where)), [picked, loss])
 
 
 # ---------------------------------------------------------------------------------------------------------- the report

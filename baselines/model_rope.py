@@ -7,10 +7,10 @@ https://arxiv.org/abs/2104.09864
     a_ij  =  (R_i q_i).(R_j k_j) / sqrt(hs)  =  q_i.(R_{j-i} k_j) / sqrt(hs)          R_i: the rotation at position i
 
 The channels c and c + hs/2 of a head are the coordinates of a point in a plane, c = 0 ... hs/2 - 1. At position i it is
-rotated by the angle i theta_c, theta_c = 10000^(-2c/hs). A dot product depends only on the angle between its points, so
-the scores depend only on the offset j - i. Departure: the pairs of channels are (c, c + hs/2), not (2c, 2c + 1).
+rotated by the angle i theta_c, theta_c = 10000^(-2c/hs). Rotating two points by the same angle keeps their dot
+product, so the scores depend only on the offset j - i. Departure: pairs of channels are (c, c + hs/2), not (2c, 2c+1).
 --nope_every n leaves every n-th layer without rotation (Yang et al. 2025, https://arxiv.org/abs/2501.18795).
-A baseline: the text of model_nope.py plus the lines of the scheme.
+A baseline: model_nope.py plus the lines of the scheme.
 """
 import math
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Config:
     init_std: float = 0.02  # standard deviation of the initial Linear and Embedding weights
     scale_residual_init: bool = True  # scale the residual projections by 1/sqrt(2 n_layer), as GPT-2 does
     # the position scheme
-    nope_every: int = 0  # every n-th layer is without rotation; 0: none
+    nope_every: int = 0  # n: no rotation in layers n, 2n, 3n, ...; 0: rotation in all layers
 
 
 def equation(attention, x):
@@ -66,31 +66,31 @@ def rotate(x, past=0):
 
 
 def score_mask(T, S, causal, valid, x):
-    """What is added to the scores of the last T of S tokens: 0 for visible keys, -inf for the others.
+    """Additive mask for the scores of the last T of S tokens: 0 for visible keys, -inf for the others.
 
-    valid (B, S) bool or None: False marks padding, which is visible only to itself, so that every softmax row keeps a
-    key. Returns (T, S), or (B, 1, T, S) with padding, in the dtype and on the device of x.
+    valid (B, S) bool or None: False marks padding, which is visible only to itself, so that no softmax row is empty.
+    Returns (T, S), or (B, 1, T, S) with padding, in the dtype and on the device of x.
     """
     offset = torch.arange(S, device=x.device) - torch.arange(S - T, S, device=x.device)[:, None]  # (T, S): j - i
-    hidden = offset > (0 if causal else S)
+    masked = offset > (0 if causal else S)  # S: nothing is masked
     if valid is not None:
-        hidden = hidden | (~valid[:, None, None] & (offset != 0))  # (B, 1, T, S)
-    return torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, -math.inf)
+        masked = masked | (~valid[:, None, None] & (offset != 0))  # (B, 1, T, S)
+    return torch.zeros(masked.shape, dtype=x.dtype, device=x.device).masked_fill_(masked, -math.inf)
 
 
 def attend(q, k, v, causal=True, valid=None):
     """Softmax attention of the last T of S tokens: q (B, nh, T, hs), k and v (B, nh, S, hs) -> (B, nh, T, hs)."""
     T, S = q.size(2), k.size(2)
-    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and S <= 256:  # there matrices are faster than the library
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and S <= 256:  # explicit matmuls are faster here
         scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, nh, T, S)
         return (scores + score_mask(T, S, causal, valid, q)).softmax(-1) @ v
-    mask = None if valid is None and T in (1, S) else score_mask(T, S, causal, valid, q)
+    mask = None if valid is None and T in (1, S) else score_mask(T, S, causal, valid, q)  # T = 1 sees all keys
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and causal and T > 1)
 
 
 class Attention(nn.Module):
     """Softmax attention with rotated queries and keys."""
-    rotates = True  # False in the layers that nope_every names
+    rotates = True  # False in the layers selected by nope_every
 
     def __init__(self, config):
         super().__init__()
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         if self.rotates:
             past = 0 if state is None else state['seen']  # tokens in the cache, which holds rotated keys
             q, k = rotate(q, past), rotate(k, past)
-        if state is not None:  # decoding: x holds only the new tokens, the cache what came before
+        if state is not None:  # decoding: x holds the new tokens, the cache the earlier ones
             if 'k' in state:
                 k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)
                 v = torch.cat((state['v'], v), 2)
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-class MLP(nn.Module):  # MLP, Block and Model are the same text in every model file
+class MLP(nn.Module):  # MLP, Block and Model are identical in every model file, but for lines of a scheme
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -175,9 +175,9 @@ class Model(nn.Module):
     def hidden(self, idx, valid=None, state=None):
         """Token ids (B, T) int64 -> hidden states (B, T, C) after the last LayerNorm.
 
-        valid (B, T) bool: False marks padding. No other token sees it; positions count from the first real token.
-        state: the cache from new_state(); idx then holds the tokens that follow those already fed.
-        Raises ValueError if absolute positions end, or if a state meets padding or causal=False.
+        valid (B, T) bool: False marks padding, invisible to other tokens; absolute positions start after it.
+        state: the cache from new_state(); idx then holds only the new tokens. Raises ValueError for a state with
+        padding or causal=False, and for more than block_size tokens with absolute=True.
         """
         T = idx.size(1)
         past = 0 if state is None else state[0]['seen']  # tokens in the cache
@@ -186,7 +186,7 @@ class Model(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             if past + T > self.config.block_size:
-                raise ValueError(f'absolute positions end at block_size={self.config.block_size}, not at {past + T}')
+                raise ValueError(f'absolute positions: {past + T} tokens exceed block_size={self.config.block_size}')
             first = 0 if valid is None else valid.int().argmax(1, keepdim=True)  # index of the first real token, (B, 1)
             pos = (torch.arange(past, past + T, device=idx.device) - first).clamp_min(0)  # (T,) or (B, T)
             x = x + self.wpe(pos)
@@ -200,7 +200,7 @@ class Model(nn.Module):
     def forward(self, idx, targets=None, where=None, valid=None, state=None):
         """Returns logits (B, T, vocab_size), and None or, with targets, the mean cross entropy in nats.
 
-        targets (B, T) int64: -1 is not predicted. where (B, M) int64: positions to predict (masked language model);
+        targets (B, T) int64: -1 is ignored. where (B, M) int64: positions to predict (masked language model);
         logits are then (B, M, vocab_size) and targets (B, M). idx, valid, state: see hidden().
         """
         x = self.hidden(idx, valid, state)
@@ -210,4 +210,4 @@ class Model(nn.Module):
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits.detach(), loss  # only the loss has a gradient: a compiled backward pass is smaller then
+        return logits.detach(), loss  # detached logits make a compiled backward pass smaller

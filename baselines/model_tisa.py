@@ -8,8 +8,8 @@ https://arxiv.org/abs/2106.01950
 
 f is a sum of n_kernels Gaussian kernels with height a_s, sharpness |b_s| and center c_s, all learned, separately for
 each head of each layer. f is defined at every offset, so no offset is clipped. The initial values are those of the
-authors' code. Departure: causal models too; the paper has masked ones. A baseline: the text of model_nope.py plus the
-lines of the scheme.
+authors' code. Departure: causal models too; the paper has masked ones.
+A baseline: model_nope.py plus the lines of the scheme.
 """
 import math
 from dataclasses import dataclass
@@ -52,21 +52,21 @@ def equation(attention, x):
 
 
 def score_mask(T, S, causal, valid, x):
-    """What is added to the scores of the last T of S tokens: 0 for visible keys, -inf for the others.
+    """Additive mask for the scores of the last T of S tokens: 0 for visible keys, -inf for the others.
 
-    valid (B, S) bool or None: False marks padding, which is visible only to itself, so that every softmax row keeps a
-    key. Returns (T, S), or (B, 1, T, S) with padding, in the dtype and on the device of x.
+    valid (B, S) bool or None: False marks padding, which is visible only to itself, so that no softmax row is empty.
+    Returns (T, S), or (B, 1, T, S) with padding, in the dtype and on the device of x.
     """
     offset = torch.arange(S, device=x.device) - torch.arange(S - T, S, device=x.device)[:, None]  # (T, S): j - i
-    hidden = offset > (0 if causal else S)
+    masked = offset > (0 if causal else S)  # S: nothing is masked
     if valid is not None:
-        hidden = hidden | (~valid[:, None, None] & (offset != 0))  # (B, 1, T, S)
-    return torch.zeros(hidden.shape, dtype=x.dtype, device=x.device).masked_fill_(hidden, -math.inf)
+        masked = masked | (~valid[:, None, None] & (offset != 0))  # (B, 1, T, S)
+    return torch.zeros(masked.shape, dtype=x.dtype, device=x.device).masked_fill_(masked, -math.inf)
 
 
 def attend(q, k, v, bias):
     """softmax(q k^T / sqrt(hs) + bias) v: q (B, nh, T, hs), k and v (B, nh, S, hs), bias (..., nh, T, S)."""
-    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and k.size(2) <= 256:  # matrices are faster there
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16 and k.size(2) <= 256:  # explicit matmuls are faster here
         return ((q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, bias)
 
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, 2)  # each (B, T, C)
         q, k, v = [z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v)]  # (B, nh, T, hs)
-        if state is not None:  # decoding: x holds only the new tokens, the cache what came before
+        if state is not None:  # decoding: x holds the new tokens, the cache the earlier ones
             if 'k' in state:
                 k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)
                 v = torch.cat((state['v'], v), 2)
@@ -106,7 +106,7 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-class MLP(nn.Module):  # MLP, Block and Model are the same text in every model file
+class MLP(nn.Module):  # MLP, Block and Model are identical in every model file, but for lines of a scheme
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -159,9 +159,9 @@ class Model(nn.Module):
     def hidden(self, idx, valid=None, state=None):
         """Token ids (B, T) int64 -> hidden states (B, T, C) after the last LayerNorm.
 
-        valid (B, T) bool: False marks padding. No other token sees it; positions count from the first real token.
-        state: the cache from new_state(); idx then holds the tokens that follow those already fed.
-        Raises ValueError if absolute positions end, or if a state meets padding or causal=False.
+        valid (B, T) bool: False marks padding, invisible to other tokens; absolute positions start after it.
+        state: the cache from new_state(); idx then holds only the new tokens. Raises ValueError for a state with
+        padding or causal=False, and for more than block_size tokens with absolute=True.
         """
         T = idx.size(1)
         past = 0 if state is None else state[0]['seen']  # tokens in the cache
@@ -170,7 +170,7 @@ class Model(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         if self.wpe is not None:
             if past + T > self.config.block_size:
-                raise ValueError(f'absolute positions end at block_size={self.config.block_size}, not at {past + T}')
+                raise ValueError(f'absolute positions: {past + T} tokens exceed block_size={self.config.block_size}')
             first = 0 if valid is None else valid.int().argmax(1, keepdim=True)  # index of the first real token, (B, 1)
             pos = (torch.arange(past, past + T, device=idx.device) - first).clamp_min(0)  # (T,) or (B, T)
             x = x + self.wpe(pos)
@@ -184,7 +184,7 @@ class Model(nn.Module):
     def forward(self, idx, targets=None, where=None, valid=None, state=None):
         """Returns logits (B, T, vocab_size), and None or, with targets, the mean cross entropy in nats.
 
-        targets (B, T) int64: -1 is not predicted. where (B, M) int64: positions to predict (masked language model);
+        targets (B, T) int64: -1 is ignored. where (B, M) int64: positions to predict (masked language model);
         logits are then (B, M, vocab_size) and targets (B, M). idx, valid, state: see hidden().
         """
         x = self.hidden(idx, valid, state)
@@ -194,4 +194,4 @@ class Model(nn.Module):
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits.detach(), loss  # only the loss has a gradient: a compiled backward pass is smaller then
+        return logits.detach(), loss  # detached logits make a compiled backward pass smaller

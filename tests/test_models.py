@@ -59,7 +59,7 @@ def test_file_is_self_contained_and_in_order(name):
     imported = {a.name.split('.')[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module.split('.')[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert imported <= {'functools', 'math', 'dataclasses', 'typing', 'torch'}
-    paper, _, fast = source.partition('\n# ' + '-' * 117 + '\n# The paper ends here. ')
+    paper, _, fast = source.partition('\n# ' + '-' * 117 + '\n# Not in the paper: ')
     order = [n.name for n in ast.parse(paper).body if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
     assert order[:2] == ['Config', 'equation'] and 'Attention MLP Block Model' in ' '.join(order)
     assert bool(fast) == (name in ('composite', 'kernelized'))
@@ -112,11 +112,11 @@ def test_contract(name):
     with pytest.raises(ValueError, match='needs causal=True and no padding'):
         model(idx[:, :9], valid=idx[:, :9] >= 0, state=model.new_state())
     assert model(idx[:, :16])[0].shape == (2, 16, 256)
-    with pytest.raises(ValueError, match='block_size=16, not at 17'):
+    with pytest.raises(ValueError, match='17 tokens exceed block_size=16'):
         model(idx[:, :17])
     state = model.new_state()
     model(idx[:, :16], state=state)
-    with pytest.raises(ValueError, match='block_size=16, not at 17'):
+    with pytest.raises(ValueError, match='17 tokens exceed block_size=16'):
         model(idx[:, 16:17], state=state)
 
 
@@ -371,7 +371,7 @@ def test_future_entries_of_b_do_not_count():
 
 def test_decoding_state_keeps_no_long_prompt():
     """After a long prompt, what a convolution or a running state keeps owns its memory: no views of the prompt."""
-    for name, keys in (('conv', ['conv_v']), ('kernelized', ['k', 'values'])):
+    for name, keys in (('conv', ['past_v']), ('kernelized', ['k', 'values'])):
         model = load(name).Model(load(name).Config(max_distance=4) if name == 'kernelized' else conv.Config())
         state = model.new_state()
         with torch.no_grad():

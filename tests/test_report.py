@@ -70,11 +70,11 @@ def test_a_new_file_is_found(report):
 def test_absolute_positions_are_declared(report):
     code, lines, _ = report('silent', 'absolute')
     checks = verdicts(lines)
-    assert code == 0 and checks['absolute: moving a sequence changes its logits'] == 'PASS'
+    assert code == 0 and checks['absolute: shifting a sequence changes its logits'] == 'PASS'
     assert 'model_silent.py has no equation(attention, x): the other checks cannot see a wrong formula' in lines
     code, lines, _ = report('undeclared')
     failed = [check for check, v in verdicts(lines).items() if v == 'FAIL']
-    assert code == 1 and 'logits of a moved sequence = those at the start' in failed
+    assert code == 1 and 'logits of a shifted sequence = those at the start' in failed
 
 
 def test_a_crash_is_a_failed_check_and_the_report_goes_on(report):

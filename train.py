@@ -17,7 +17,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
-import importlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -30,22 +30,17 @@ import signal
 import sys
 import time
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # Windows
-
 import prepare_data
 from prepare_data import atomic_write, die
 
+RUN_NAME = '{model}-{objective}-{dataset}'  # of the default folder, in out/
 RANK = int(os.environ.get('RANK', 0))  # index of this process; torchrun sets these three variables
 LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))  # index of this process on its machine
 WORLD = int(os.environ.get('WORLD_SIZE', 1))  # number of processes
@@ -152,7 +147,7 @@ def val_batch(run, row_ids, n):
     """The given rows of n fixed sequences, which are spread evenly over the validation set: see make_batch()."""
     starts = np.linspace(0, len(run.val) - run.config.block_size - 1, n).astype(int)
     rngs = [np.random.default_rng((2 ** 32, row)) for row in row_ids]  # the masks do not depend on the seed
-    return make_batch(run, run.val, starts[row_ids], rngs)
+    return make_batch(run, run.val, starts[list(row_ids)], rngs)
 
 
 def batch_share(settings):
@@ -176,19 +171,12 @@ def micro_batches(run, step):
     return [to_device(run, train_batch(run, step, range(i, i + micro))) for i in range(first, first + share, micro)]
 
 
-# The training step and evaluation.
-
 def lr_at(step, settings):
     """Learning rate of a step (0 is the first): linear warm-up, then a cosine from learning_rate to min_lr."""
     if step < settings.warmup_iters:
         return settings.learning_rate * (step + 1) / settings.warmup_iters
     t = (step - settings.warmup_iters) / max(1, settings.max_iters - settings.warmup_iters)
     return settings.min_lr + (settings.learning_rate - settings.min_lr) * (1 + math.cos(math.pi * min(t, 1))) / 2
-
-
-def seed_dropout(settings, step):
-    """Make dropout depend on (seed, step, process) only, so that a resumed run draws the same masks."""
-    torch.manual_seed(int(np.random.SeedSequence((settings.seed, step, RANK)).generate_state(1)[0]))
 
 
 def batch_loss(run, model, batch):
@@ -199,9 +187,10 @@ def batch_loss(run, model, batch):
 
 
 def train_step(run, ddp, optimizer, step, batches):
-    """Forward, backward and update -> (2,) loss and gradient norm, on the device: reading them would wait for it."""
+    """Forward, backward and update -> (2,) loss and gradient norm, still on the device."""
     settings = run.settings
-    seed_dropout(settings, step)
+    # dropout depends on (seed, step, process) only, so that a resumed run draws the same masks
+    torch.manual_seed(int(np.random.SeedSequence((settings.seed, step, RANK)).generate_state(1)[0]))
     for group in optimizer.param_groups:
         group['lr'] = lr_at(step, settings)
     total = 0.0
@@ -214,7 +203,9 @@ def train_step(run, ddp, optimizer, step, batches):
     norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), settings.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.stack((total, norm))
+    if WORLD > 1:
+        dist.all_reduce(total)
+    return torch.stack((total / WORLD, norm))
 
 
 @torch.no_grad()
@@ -226,20 +217,15 @@ def evaluate(run, model):
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of predictions
     model.eval()
     for first in range(RANK * micro, n, WORLD * micro):
-        row_ids = np.arange(first, first + micro)
-        batch = val_batch(run, np.minimum(row_ids, n - 1), n)
-        targets = batch[1]
-        targets[row_ids >= n] = -1  # rows that only fill up the last batch are not predicted
-        count = (targets >= 0).sum()
-        total += torch.tensor((batch_loss(run, model, to_device(run, batch)).item() * count, count))
+        batch = to_device(run, val_batch(run, range(first, min(first + micro, n)), n))
+        count = batch[1].numel()
+        total += torch.tensor((batch_loss(run, model, batch).item() * count, count))
     model.train()
     if WORLD > 1:
         total = total.to(run.device)
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
 
-
-# The training loop.
 
 def validation_due(settings, step):
     return step % settings.eval_interval == 0 or step >= settings.max_iters
@@ -249,56 +235,39 @@ def training_loop(run, model, ddp, optimizer, progress):
     """Train until max_iters steps are done or a signal comes."""
     settings = run.settings
     first = progress.step
-    pending = []  # results of train_step() that are still on the device
     signals = []
     handle_signals(signals)  # the loop looks at them between steps
     timed_from = first, time.time()
     batches = micro_batches(run, first)
     while True:
         step = progress.step
-        done = step >= settings.max_iters
         stop = on_any_process(bool(signals), run.process_group)
-
         # The first checkpoint and validation come before the first step: a full disk or too little memory for a
         # validation then ends the run at once and not after an hour. It also logs the loss of the untrained model.
         save_due = settings.checkpoint_interval and step % settings.checkpoint_interval == 0
         if stop or save_due or validation_due(settings, step):
-            fetch_losses(run, progress, pending)
             save(run, progress, model, optimizer, 'ckpt_last.pt')  # before validation: if that fails, no step is lost
         if stop:
-            exit_and_say_how_to_resume(run, step, signals)
+            exit_with_advice(run, step, signals)
         if validation_due(settings, step):
             validate(run, progress, model, optimizer)
             timed_from = step, time.time()  # validation does not count as training time
-        if done:
+        if step >= settings.max_iters:
             return
 
-        pending.append(train_step(run, ddp, optimizer, step, batches))
+        result = train_step(run, ddp, optimizer, step, batches)
         progress.step += 1
         batches = micro_batches(run, progress.step)  # prepared while a GPU is still busy with this step
+        loss, norm = result.tolist()
+        if not math.isfinite(loss + norm):
+            die(f'loss {loss}, gradient norm {norm} at step {progress.step}; {run.out / "ckpt_last.pt"} is the last '
+                'good checkpoint. Try a lower --learning_rate, a longer --warmup_iters or --grad_clip', 1)
+        progress.losses.append(loss)
         log_due = progress.step % settings.log_interval == 0
         if log_due:
-            norm = fetch_losses(run, progress, pending)
             log_step(run, progress, norm, timed_from)
         if log_due or step == first:  # the first step is not timed: it includes compilation
             timed_from = progress.step, time.time()
-
-
-def fetch_losses(run, progress, pending):
-    """Move pending results to progress.losses -> the last gradient norm. Exits with code 1 if one is not finite."""
-    if not pending:
-        return None
-    values = torch.stack(pending)  # (steps, 2)
-    if WORLD > 1:
-        dist.all_reduce(values)
-    values = (values / WORLD).tolist()
-    for step, (loss, norm) in enumerate(values, progress.step - len(values) + 1):
-        if not math.isfinite(loss + norm):
-            die(f'loss {loss}, gradient norm {norm} at step {step}; {run.out / "ckpt_last.pt"} is the last good '
-                'checkpoint. Try a lower --learning_rate, a longer --warmup_iters, --grad_clip, or --dtype float32', 1)
-        progress.losses.append(loss)
-    pending.clear()
-    return norm
 
 
 def log_step(run, progress, norm, timed_from):
@@ -339,8 +308,6 @@ def describe(run, loss):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The files of a run: its folder, checkpoints, log and plot.
-
 FILES = ('config.json', 'log.csv', 'loss.png', 'ckpt_last.pt', 'ckpt_best.pt')
 
 
@@ -359,7 +326,7 @@ def one_line(error):
 def open_folder(settings, flags):
     """Create and lock the folder of a run -> its path, and the lock. Refuses a folder that holds another run."""
     for n in itertools.count(1):
-        out = Path(flags.out_dir or f'out/{run_name(vars(settings))}{f"-{n}" if n > 1 else ""}')
+        out = Path(flags.out_dir or 'out/' + RUN_NAME.format(**vars(settings)) + f'-{n}' * (n > 1))
         try:
             out.mkdir(parents=True, exist_ok=flags.out_dir is not None)
             break
@@ -367,10 +334,13 @@ def open_folder(settings, flags):
             if flags.out_dir:
                 die(f'--out_dir {out} is a file; it must be a folder, or the name of a new folder')
     lock = open(out / '.lock', 'w')
-    try:  # the system removes the lock when the process ends or is killed; Windows has none
-        fcntl and fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    try:
+        import fcntl
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system removes it when the process ends or is killed
+    except BlockingIOError:
         die(f'another run is writing to {out}: wait for it, or choose another --out_dir')
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks
     if flags.overwrite:
         for file in FILES:
             (out / file).unlink(missing_ok=True)
@@ -469,8 +439,6 @@ def plot(run):
     atomic_write(run.out / 'loss.png', lambda f: fig.savefig(f, format='png', dpi=120))
 
 
-# Processes, signals and devices.
-
 def on_any_process(flag, process_group):
     """True on every process if `flag` is true on one. By gloo, so that it does not wait for a GPU."""
     if WORLD == 1:
@@ -480,18 +448,17 @@ def on_any_process(flag, process_group):
     return flag.item() > 0
 
 
-SIGHUP = getattr(signal, 'SIGHUP', None)  # Windows does not have it
-
-
 def handle_signals(signals=None):
     """Append the signals that come to a list, or without a list exit at once, which removes unfinished files."""
+    hangup = getattr(signal, 'SIGHUP', None)  # Windows does not have it
+
     def on_signal(number, _):
         if signals is None:
             sys.exit(128 + number)
-        if signals and number != SIGHUP and WORLD == 1:  # a second one; but a terminal that closes can send SIGHUP
-            os._exit(128 + number)                       # twice, and torchrun repeats a Ctrl-C
+        if signals and number != hangup and WORLD == 1:  # A second signal exits at once. Not a hangup, which a closing
+            os._exit(128 + number)                       # terminal can send twice; not under torchrun, which repeats.
         signals.append(number)
-    for number in (signal.SIGINT, signal.SIGTERM, SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, hangup):
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             # processes other than 0 may wait inside a library, where Python cannot run a handler
             signal.signal(number, on_signal if RANK == 0 or signals is not None else signal.SIG_DFL)
@@ -520,7 +487,7 @@ def choose_device(settings):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32
     bf16 = settings.dtype == 'bfloat16' or (settings.dtype == 'auto' and multiplies_bf16(device))
-    triton = device.type == 'cuda' and find_spec('triton') is not None
+    triton = device.type == 'cuda' and importlib.util.find_spec('triton') is not None
     compiled = settings.compile == 'on' or (settings.compile == 'auto' and triton)
     print0(f'device {device} x {WORLD} ({torch.get_num_threads()} CPU threads), {"bfloat16" if bf16 else "float32"}, '
            f'compile {"on" if compiled else "off"}')
@@ -531,54 +498,43 @@ def multiplies_bf16(device):
     """Whether the hardware multiplies bfloat16: CUDA from Ampere on, x86 with AVX512-BF16 or AMX. Arm: not measured."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return device.type == 'cpu' and any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16'))
+    return device.type == 'cpu' and any(torch.cpu.get_capabilities().get(x) for x in ('avx512_bf16', 'amx_bf16'))
 
 
-# The command line.
+def make_parser(**options):
+    """argparse with errors of one line, and the flags that are not settings."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+    parser.error = lambda message: die(f'{message} (see python train.py --help)')
+    parser.add_argument('--preset', choices=list(PRESETS), default='tiny', help='a set of values (default tiny)')
+    parser.add_argument('--config', metavar='FILE', help='settings that an earlier run wrote (its config.json)')
+    parser.add_argument('--out_dir', help='default out/<model>-<objective>-<dataset>, with -2, -3, ... if it exists')
+    parser.add_argument('--resume', action='store_true', help='continue --out_dir, or the newest run of its kind')
+    parser.add_argument('--overwrite', action='store_true', help='delete the run in --out_dir')
+    parser.add_argument('--eval_only', action='store_true', help='print the best loss of --out_dir, or of the newest')
+    return parser
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and a flag for each field of a dataclass."""
 
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-        self.add_argument('--preset', choices=list(PRESETS), default='tiny', help='a set of values (default tiny)')
-        self.add_argument('--config', metavar='FILE', help='settings that an earlier run wrote (its config.json)')
-        self.add_argument('--out_dir', help='default out/<model>-<objective>-<dataset>, with -2, -3, ... if it exists')
-        self.add_argument('--resume', action='store_true', help='continue --out_dir, or the newest run of its kind')
-        self.add_argument('--overwrite', action='store_true', help='delete the run in --out_dir')
-        self.add_argument('--eval_only', action='store_true', help='print the best loss of --out_dir, or of the newest')
-
-    def error(self, message):
-        die(f'{message} (see python train.py --help)')
-
-    def add_fields(self, cls, title):
-        """The comment after a field is its help, as in `seed: int = 1  # this text`."""
-        notes = dict(re.findall(r'^    (\w+):.*?  # (.*)$', inspect.getsource(cls), re.M))
-        types = get_type_hints(cls)
-        group = self.add_argument_group(title)
-        for field in dataclasses.fields(cls):
-            kind = types[field.name]
-            options = dict(type=kind, metavar=getattr(kind, '__name__', ''))
-            if kind is bool:
-                options = dict(action=argparse.BooleanOptionalAction)
-            elif get_origin(kind) is Literal:
-                options = dict(choices=get_args(kind), type=type(get_args(kind)[0]))
-            elif kind not in (int, float, str) or f'--{field.name}' in self._option_string_actions:
-                die(f'{title}: {field.name} must be bool, int, float, str or Literal[...], and a name of its own')
-            note = notes.get(field.name, '').replace('%', '%%') + ' (default %(default)r)'
-            group.add_argument(f'--{field.name}', default=field.default, help=note, **options)
+def add_fields(parser, cls):
+    """Add a flag for each field. The comment after a field is its help, as in `seed: int = 1  # this text`."""
+    notes = dict(re.findall(r'^    (\w+):.*?  # (.*)$', inspect.getsource(cls), re.M))
+    for field in dataclasses.fields(cls):
+        options = dict(type=field.type)
+        if field.type is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        if get_origin(field.type) is Literal:
+            options = dict(choices=get_args(field.type))
+        note = notes.get(field.name, '').replace('%', '%%')
+        parser.add_argument(f'--{field.name}', default=field.default, help=f'{note} (default %(default)r)', **options)
 
 
 def load_model_file(name):
     """Import model_<name>.py from the folder of train.py or from baselines/. Exits with code 2 if there is none."""
     here = Path(__file__).resolve().parent
-    for folder in (here, here / 'baselines'):
-        if re.fullmatch(r'[\w-]+', str(name)) and (folder / f'model_{name}.py').is_file():
-            sys.path.insert(0, str(folder))
-            return importlib.import_module(f'model_{name}')
-    found = sorted(here.glob('model_*.py')) + sorted(here.glob('baselines/model_*.py'))
-    die(f'there is no model_{name}.py; --model may be {", ".join(path.stem[6:] for path in found)}')
+    found = {path.stem[6:]: path for folder in (here / 'baselines', here) for path in sorted(folder.glob('model_*.py'))}
+    if str(name) not in found:
+        die(f'there is no model_{name}.py; --model may be {", ".join(found)}')
+    sys.path.insert(0, str(found[name].parent))
+    return importlib.import_module(f'model_{name}')
 
 
 def read_config(path):
@@ -594,26 +550,23 @@ def as_flags(values):
     return [f'--no-{k}' if v is False else f'--{k}' if v is True else f'--{k}={v}' for k, v in values.items()]
 
 
-def run_name(settings):
-    return f'{settings["model"]}-{settings["objective"]}-{settings["dataset"]}'
-
-
 def find_run(flags, name):
     """The folder to resume: --out_dir, else the newest of out/<name>, out/<name>-2, ...; None if there is none."""
-    pattern = rf'{re.escape(name)}(-\d+)?'
-    runs = [path for path in Path('out').glob('*/ckpt_last.pt') if re.fullmatch(pattern, path.parent.name)]
-    out_dir = flags.out_dir or (str(max(runs, key=os.path.getmtime).parent) if runs else None)
-    if not (out_dir and Path(out_dir, 'ckpt_last.pt').exists()):
+    runs = [path for path in Path('out').glob('*/ckpt_last.pt')
+            if re.fullmatch(rf'{re.escape(name)}(-\d+)?', path.parent.name)]
+    newest = max(runs, key=os.path.getmtime).parent if runs else Path('out', name)
+    out_dir = Path(flags.out_dir or newest)
+    if not (out_dir / 'ckpt_last.pt').exists():
         if flags.eval_only:
-            die(f'--eval_only found no checkpoint in {out_dir or Path("out", name)}: name a run with --out_dir')
-        print0(f'note: --resume found no checkpoint in {out_dir or Path("out", name)}: this is a new run from step 0')
-    return out_dir
+            die(f'--eval_only found no checkpoint in {out_dir}: name a run with --out_dir')
+        print0(f'note: --resume found no checkpoint in {out_dir}: this is a new run from step 0')
+    return str(out_dir)
 
 
 def resolve(argv):
     """Command line -> Settings, the model file, its Config, and all flags as argparse returns them."""
     # 1. Which preset, file or run do the flags change (`base`), and which model is it?
-    parser = Parser(add_help=False)
+    parser = make_parser(add_help=False)
     for name in ('model', 'objective', 'dataset'):
         parser.add_argument(f'--{name}', default=argparse.SUPPRESS)
     asked = parser.parse_known_args(argv)[0]
@@ -623,9 +576,9 @@ def resolve(argv):
     base.pop('vocab_size', None)  # the data determines it
     chosen = {**vars(Settings()), **base, **vars(asked)}
     if asked.resume or asked.eval_only:
-        asked.out_dir = find_run(asked, run_name(chosen))
-        path = Path(asked.out_dir or '', 'config.json')
-        if asked.out_dir and path.exists():
+        asked.out_dir = find_run(asked, RUN_NAME.format(**chosen))
+        path = Path(asked.out_dir, 'config.json')
+        if path.exists():
             base = read_config(path)
             chosen = {**vars(Settings()), **base, **vars(asked)}
             if chosen['model'] != base.get('model'):
@@ -633,44 +586,36 @@ def resolve(argv):
 
     # 2. The defaults of that model.
     module = load_model_file(chosen['model'])
-    parser = Parser(description=__doc__)
-    parser.add_fields(Settings, 'training')
-    parser.add_fields(module.Config, f'model_{chosen["model"]}.py')
+    parser = make_parser(description=__doc__)
+    add_fields(parser, Settings)
+    add_fields(parser, module.Config)
     parser.set_defaults(vocab_size=0, causal=chosen['objective'] == 'causal')  # 0: what the data needs
     if chosen['objective'] != base.get('objective', chosen['objective']):
         base.pop('causal', None)  # the objective determines it
-    fields = {**vars(Settings()), **vars(module.Config())}
-    if unknown := [name for name in base if name not in fields]:
-        die(f'--config: model {chosen["model"]} does not have the settings {", ".join(map(repr, unknown))}')
 
     # 3. One strict parse.
     flags = parser.parse_args([*as_flags(base), *argv])
     flags.out_dir = asked.out_dir
     check_values(flags)
-    settings = Settings(**{name: getattr(flags, name) for name in vars(Settings())})
-    config = module.Config(**{name: getattr(flags, name) for name in vars(module.Config())})
+    settings, config = [cls(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(cls)})
+                        for cls in (Settings, module.Config)]
     return settings, module, config, flags
 
 
 def check_values(flags):
     """Refuse values that make no sense, before anything is created. A model file checks the fields of its scheme."""
-    positive = ('batch_size', 'eval_interval', 'eval_tokens', 'log_interval', 'mask_prob', 'block_size', 'n_layer',
-                'n_head', 'n_embd')
+    positive = 'batch_size eval_interval eval_tokens log_interval mask_prob block_size n_layer n_head n_embd'.split()
     for name in (*vars(Settings()), *positive, 'vocab_size', 'init_std', 'dropout'):
         value = getattr(flags, name)
         highest = 1 if name in ('mask_prob', 'dropout', 'beta1', 'beta2') else 2 ** 31
         if isinstance(value, (int, float)) and not (0 <= value <= highest and (value or name not in positive)):
             die(f'--{name} must be {"above" if name in positive else "at least"} 0 and at most {highest}, not {value}')
-    if not re.fullmatch(r'[\w.-]*\w[\w.-]*', flags.dataset):
-        die(f'--dataset names a folder: letters, digits, dots, dashes and underscores only, not {flags.dataset!r}')
     if flags.objective == 'causal' and not flags.causal:
         die('--objective causal needs --causal: without the mask the model sees the token it predicts')
     share, micro = batch_share(flags)
     if flags.batch_size % WORLD or share % micro:
         die(f'--batch_size must be a multiple of --micro_batch_size times the {WORLD} processes')
 
-
-# A run from start to end.
 
 def load_data(run):
     """Read the data set, which is prepared first if it is missing. Refuse a model that does not fit it."""
@@ -711,35 +656,6 @@ def build(run, module, compiled):
     return model, ddp, optimizer
 
 
-def train(run, flags, model, ddp, optimizer):
-    """The whole run: from the checkpoint, if there is one, to loss.png."""
-    settings = run.settings
-    progress = Progress()
-    box = [None]
-    if RANK == 0:
-        *box, lock = open_folder(settings, flags)  # locked as long as `lock` exists
-    if WORLD > 1:
-        dist.broadcast_object_list(box, group=run.process_group)
-    run.out, = box
-    path = run.out / 'ckpt_last.pt'
-    if flags.resume and on_any_process(path.exists(), run.process_group):
-        progress = restore(run, load_checkpoint(path), model, optimizer)
-    start_log(run, progress.step)
-    if RANK == 0:
-        values = json.dumps({**vars(settings), **vars(run.config)}, indent=1)
-        atomic_write(run.out / 'config.json', lambda f: f.write(f'{values}\n'.encode()))
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print0(f'{settings.model}, {settings.objective}, {settings.dataset} ({len(run.train):,} tokens): '
-           f'{parameters:.2f}M parameters, run {run.out}')
-    training_loop(run, model, ddp, optimizer, progress)
-    handle_signals()
-    if RANK == 0:
-        plot(run)
-    prompt = ' --prompt "a text with [MASK] in it"' if settings.objective == 'masked' else ''
-    print0(f'done: best val loss {describe(run, progress.best)}. '
-           f'Now try: python sample.py --out_dir {shlex.quote(str(run.out))}{prompt}')
-
-
 def main():
     handle_signals()
     if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
@@ -765,10 +681,34 @@ def main():
         dist.destroy_process_group()
 
 
+def train(run, flags, model, ddp, optimizer):
+    """The whole run: from the checkpoint, if there is one, to loss.png."""
+    opened = [None]
+    if RANK == 0:
+        opened[0], lock = open_folder(run.settings, flags)  # it is locked as long as `lock` exists
+    if WORLD > 1:
+        dist.broadcast_object_list(opened, group=run.process_group)
+    run.out = opened[0]
+    progress = Progress()
+    path = run.out / 'ckpt_last.pt'
+    if flags.resume and on_any_process(path.exists(), run.process_group):
+        progress = restore(run, load_checkpoint(path), model, optimizer)
+    start_log(run, progress.step)
+    if RANK == 0:
+        values = json.dumps({**vars(run.settings), **vars(run.config)}, indent=1)
+        atomic_write(run.out / 'config.json', lambda f: f.write(f'{values}\n'.encode()))
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print0(f'{len(run.train):,} training tokens, {parameters:.2f}M parameters, run {run.out}')
+    training_loop(run, model, ddp, optimizer, progress)
+    handle_signals()
+    if RANK == 0:
+        plot(run)
+    print0(f'done: best val loss {describe(run, progress.best)}. '
+           f'Now try: python sample.py --out_dir {shlex.quote(str(run.out))}')
+
+
 if __name__ == '__main__':
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (OSError, MemoryError, torch.OutOfMemoryError) as e:
-        die(f'{e} (out of memory? Try a smaller --micro_batch_size)' if not isinstance(e, OSError) else e, 1)
+        die(e, 1)

@@ -16,6 +16,7 @@ os.environ.update(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', MPLBACKEND='Agg')
 import torch  # noqa: E402
 
 torch.set_num_threads(1)  # a second thread gains nothing in small tests, and waits long where other work holds its core
+SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / 'experiments'), str(REPO / 'baselines')]
 CORPORA = Path(os.environ.get('CORPORA', REPO.parent / 'shared' / 'data'))  # real texts; without them tests skip
@@ -70,7 +71,7 @@ def run_here(script, arguments, folder, env):
     """Run a script in this process -> its stdout, its stderr, its exit code. Everything else stays as it was."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8') for _ in range(2))
     old_argv, old_path, old_folder, old_env = sys.argv, sys.path[:], os.getcwd(), dict(os.environ)
-    old_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    old_handlers = {number: signal.getsignal(number) for number in SIGNALS}
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))
     os.environ.update(env)

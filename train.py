@@ -157,11 +157,8 @@ def batch_share(settings):
 
 
 def to_device(run, batch):
-    """(idx, targets, masked_positions) as tensors on the device. CUDA: asynchronous copies from pinned memory."""
-    def move(array):
-        x = torch.from_numpy(array)
-        return x.pin_memory().to(run.device, non_blocking=True) if run.device.type == 'cuda' else x.to(run.device)
-    return [None if array is None else move(array) for array in batch]
+    """(idx, targets, masked_positions) as tensors on the device."""
+    return [None if array is None else torch.from_numpy(array).to(run.device) for array in batch]
 
 
 def micro_batches(run, step):
@@ -232,7 +229,7 @@ def validation_due(settings, step):
 
 
 def training_loop(run, model, ddp, optimizer, progress):
-    """Train until max_iters steps are done or a signal comes."""
+    """Train until max_iters steps are done or a signal comes -> exit code of the program, 0 or 128 + the signal."""
     settings = run.settings
     first = progress.step
     signals = []
@@ -248,12 +245,12 @@ def training_loop(run, model, ddp, optimizer, progress):
         if stop or save_due or validation_due(settings, step):
             save(run, progress, model, optimizer, 'ckpt_last.pt')  # before validation: if that fails, no step is lost
         if stop:
-            exit_with_advice(run, step, signals)
+            return 128 + (signals[0] if signals else signal.SIGTERM)
         if validation_due(settings, step):
             validate(run, progress, model, optimizer)
             timed_from = step, time.time()  # validation does not count as training time
         if step >= settings.max_iters:
-            return
+            return 0
 
         result = train_step(run, ddp, optimizer, step, batches)
         progress.step += 1
@@ -464,15 +461,6 @@ def handle_signals(signals=None):
             signal.signal(number, on_signal if RANK == 0 or signals is not None else signal.SIG_DFL)
 
 
-def exit_with_advice(run, step, signals):
-    if WORLD > 1:
-        dist.barrier(run.process_group)  # torchrun kills all processes when one exits: wait until process 0 has saved
-    launcher = 'python' if WORLD == 1 else 'torchrun ...'
-    out = shlex.quote(str(run.out))
-    print0(f'stopped after step {step}, saved. To resume: {launcher} train.py --resume --out_dir {out}')
-    sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
-
-
 def choose_device(settings):
     """-> torch.device, dtype of matmuls, whether to compile. Prints each choice."""
     cuda = torch.cuda.is_available()
@@ -595,7 +583,7 @@ def resolve(argv):
 
     # 3. One strict parse.
     flags = parser.parse_args([*as_flags(base), *argv])
-    flags.out_dir = asked.out_dir
+    vars(flags).update(vars(asked))  # out_dir, resume, ... are not settings: a file does not decide them
     check_values(flags)
     settings, config = [cls(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(cls)})
                         for cls in (Settings, module.Config)]
@@ -605,9 +593,9 @@ def resolve(argv):
 def check_values(flags):
     """Refuse values that make no sense, before anything is created. A model file checks the fields of its scheme."""
     positive = 'batch_size eval_interval eval_tokens log_interval mask_prob block_size n_layer n_head n_embd'.split()
+    limits = dict(mask_prob=1, dropout=0.9999, beta1=0.9999, beta2=0.9999)
     for name in (*vars(Settings()), *positive, 'vocab_size', 'init_std', 'dropout'):
-        value = getattr(flags, name)
-        highest = 1 if name in ('mask_prob', 'dropout', 'beta1', 'beta2') else 2 ** 31
+        value, highest = getattr(flags, name), limits.get(name, 2 ** 31)
         if isinstance(value, (int, float)) and not (0 <= value <= highest and (value or name not in positive)):
             die(f'--{name} must be {"above" if name in positive else "at least"} 0 and at most {highest}, not {value}')
     if flags.objective == 'causal' and not flags.causal:
@@ -699,12 +687,18 @@ def train(run, flags, model, ddp, optimizer):
         atomic_write(run.out / 'config.json', lambda f: f.write(f'{values}\n'.encode()))
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print0(f'{len(run.train):,} training tokens, {parameters:.2f}M parameters, run {run.out}')
-    training_loop(run, model, ddp, optimizer, progress)
+    exit_code = training_loop(run, model, ddp, optimizer, progress)
     handle_signals()
+    out = shlex.quote(str(run.out))
+    if exit_code:
+        if WORLD > 1:
+            dist.barrier(run.process_group)  # torchrun kills all processes when one exits, perhaps before it has saved
+        launcher = 'python' if WORLD == 1 else 'torchrun ...'
+        print0(f'stopped after step {progress.step}, saved. To resume: {launcher} train.py --resume --out_dir {out}')
+        sys.exit(exit_code)
     if RANK == 0:
         plot(run)
-    print0(f'done: best val loss {describe(run, progress.best)}. '
-           f'Now try: python sample.py --out_dir {shlex.quote(str(run.out))}')
+    print0(f'done: best val loss {describe(run, progress.best)}. Now try: python sample.py --out_dir {out}')
 
 
 if __name__ == '__main__':

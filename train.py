@@ -92,25 +92,19 @@ PRESETS = {
 
 @dataclasses.dataclass
 class Run:
-    """Everything that stays constant during training."""
+    """What the functions below share. The last four fields change from step to step."""
     settings: Settings
     config: Any  # the model's Config
     device: torch.device = torch.device('cpu')
     dtype: torch.dtype = torch.float32
-    process_group: Any = None  # gloo group of all processes; None for a single process
     meta: Any = None  # meta.json of the data set
     train: Any = None  # token ids, a numpy array
     val: Any = None
     out: Any = None  # folder of the run
-    log: list = dataclasses.field(default_factory=list)  # rows of log.csv
-
-
-@dataclasses.dataclass
-class Progress:
-    """Everything that changes during training, except weights and optimizer state."""
     step: int = 0  # optimizer steps done
     best: float = math.inf  # lowest validation loss, in nats
     losses: list = dataclasses.field(default_factory=list)  # training losses since the last log line
+    log: list = dataclasses.field(default_factory=list)  # rows of log.csv
 
 
 # Batches. Row r of the batch of step i depends on (seed, i, r) only, not on the number of processes or micro batches.
@@ -184,7 +178,7 @@ def batch_loss(run, model, batch):
 
 
 def train_step(run, ddp, optimizer, step, batches):
-    """Forward, backward and update -> (2,) loss and gradient norm, still on the device."""
+    """Forward, backward and update -> loss of this process and gradient norm, as tensors on the device."""
     settings = run.settings
     # dropout depends on (seed, step, process) only, so that a resumed run draws the same masks
     torch.manual_seed(int(np.random.SeedSequence((settings.seed, step, RANK)).generate_state(1)[0]))
@@ -200,9 +194,16 @@ def train_step(run, ddp, optimizer, step, batches):
     norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), settings.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def average(run, values):
+    """Mean over all processes -> list of floats."""
+    values = torch.tensor([float(x) for x in values], dtype=torch.float64)
     if WORLD > 1:
-        dist.all_reduce(total)
-    return torch.stack((total / WORLD, norm))
+        values = values.to(run.device)
+        dist.all_reduce(values)
+    return (values / WORLD).tolist()
 
 
 @torch.no_grad()
@@ -211,67 +212,65 @@ def evaluate(run, model):
     T = run.config.block_size
     n = min(max(1, run.settings.eval_tokens // T), (len(run.val) - 1) // T)
     micro = batch_share(run.settings)[1]
-    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of predictions
+    total = count = 0.0  # sum of losses, number of predictions
     model.eval()
     for first in range(RANK * micro, n, WORLD * micro):
         batch = to_device(run, val_batch(run, range(first, min(first + micro, n)), n))
-        count = batch[1].numel()
-        total += torch.tensor((batch_loss(run, model, batch).item() * count, count))
+        total += batch_loss(run, model, batch).item() * batch[1].numel()
+        count += batch[1].numel()
     model.train()
-    if WORLD > 1:
-        total = total.to(run.device)
-        dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+    total, count = average(run, (total, count))
+    return total / count
 
 
 def validation_due(settings, step):
     return step % settings.eval_interval == 0 or step >= settings.max_iters
 
 
-def training_loop(run, model, ddp, optimizer, progress):
+def training_loop(run, model, ddp, optimizer):
     """Train until max_iters steps are done or a signal comes -> exit code of the program, 0 or 128 + the signal."""
     settings = run.settings
-    first = progress.step
+    first = run.step
     signals = []
     handle_signals(signals)  # the loop looks at them between steps
     timed_from = first, time.time()
     batches = micro_batches(run, first)
+    stop = False
     while True:
-        step = progress.step
-        stop = on_any_process(bool(signals), run.process_group)
+        step = run.step
         # The first checkpoint and validation come before the first step: a full disk or too little memory for a
         # validation then ends the run at once and not after an hour. It also logs the loss of the untrained model.
         save_due = settings.checkpoint_interval and step % settings.checkpoint_interval == 0
         if stop or save_due or validation_due(settings, step):
-            save(run, progress, model, optimizer, 'ckpt_last.pt')  # before validation: if that fails, no step is lost
+            save(run, model, optimizer, 'ckpt_last.pt')  # before validation: if that fails, no step is lost
         if stop:
             return 128 + (signals[0] if signals else signal.SIGTERM)
         if validation_due(settings, step):
-            validate(run, progress, model, optimizer)
+            validate(run, model, optimizer)
             timed_from = step, time.time()  # validation does not count as training time
         if step >= settings.max_iters:
             return 0
 
-        result = train_step(run, ddp, optimizer, step, batches)
-        progress.step += 1
-        batches = micro_batches(run, progress.step)  # prepared while a GPU is still busy with this step
-        loss, norm = result.tolist()
+        loss, norm = train_step(run, ddp, optimizer, step, batches)
+        run.step += 1
+        batches = micro_batches(run, run.step)  # prepared while a GPU is still busy with this step
+        loss, norm, stop = average(run, (loss, norm, bool(signals)))  # all processes stop when one gets a signal
         if not math.isfinite(loss + norm):
-            die(f'loss {loss}, gradient norm {norm} at step {progress.step}; {run.out / "ckpt_last.pt"} is the last '
+            die(f'loss {loss}, gradient norm {norm} at step {run.step}; {run.out / "ckpt_last.pt"} is the last '
                 'good checkpoint. Try a lower --learning_rate, a longer --warmup_iters or --grad_clip', 1)
-        progress.losses.append(loss)
-        log_due = progress.step % settings.log_interval == 0
+        run.losses.append(loss)
+        log_due = run.step % settings.log_interval == 0
         if log_due:
-            log_step(run, progress, norm, timed_from)
+            log_step(run, norm, timed_from)
         if log_due or step == first:  # the first step is not timed: it includes compilation
-            timed_from = progress.step, time.time()
+            timed_from = run.step, time.time()
 
 
-def log_step(run, progress, norm, timed_from):
+def log_step(run, norm, timed_from):
     """Print and log the steps since the last log line. A new metric is one more argument of log()."""
-    settings, step = run.settings, progress.step
-    loss = sum(progress.losses) / len(progress.losses)
-    progress.losses.clear()
+    settings, step = run.settings, run.step
+    loss = sum(run.losses) / len(run.losses)
+    run.losses.clear()
     lr = lr_at(step - 1, settings)  # of the step just done
     ms = (time.time() - timed_from[1]) / (step - timed_from[0]) * 1e3
     speed = settings.batch_size * run.config.block_size / ms * 1e3
@@ -281,16 +280,16 @@ def log_step(run, progress, norm, timed_from):
     log(run, step=step, train_loss=loss, lr=lr, grad_norm=norm, ms=ms, tokens_per_s=speed)
 
 
-def validate(run, progress, model, optimizer):
+def validate(run, model, optimizer):
     """Print and log the validation loss; save ckpt_best.pt if it is the lowest so far. A new metric: see log_step()."""
-    step, end = progress.step, run.settings.max_iters
+    step, end = run.step, run.settings.max_iters
     loss = evaluate(run, model)
-    best = loss < progress.best and (step > 0 or end == 0)  # an untrained model is not the best
+    best = loss < run.best and (step > 0 or end == 0)  # an untrained model is not the best
     print0(f'step {step:5d}/{end}  val loss {describe(run, loss)}{"  (best)" if best else ""}')
     log(run, step=step, val_loss=loss, bits_per_byte=bits_per_byte(run, loss))
     if best:
-        progress.best = loss
-        save(run, progress, model, optimizer, 'ckpt_best.pt')
+        run.best = loss
+        save(run, model, optimizer, 'ckpt_best.pt')
 
 
 def bits_per_byte(run, loss):
@@ -299,9 +298,8 @@ def bits_per_byte(run, loss):
 
 
 def describe(run, loss):
-    unit = 'token' if run.settings.objective == 'causal' else 'masked token'
-    return (f'{loss:.4f} nats per {unit}, {bits_per_byte(run, loss):.4f} bits per byte, '
-            f'perplexity {math.exp(min(loss, 99)):.2f}')
+    return (f'{loss:.4f} nats per {"masked " * (run.settings.objective == "masked")}token, '
+            f'{bits_per_byte(run, loss):.4f} bits per byte, perplexity {math.exp(min(loss, 99)):.2f}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,10 +307,10 @@ FILES = ('config.json', 'log.csv', 'loss.png', 'ckpt_last.pt', 'ckpt_best.pt')
 
 
 def print0(line):
-    """Print a line on process 0, unless the terminal or pipe has been closed."""
+    """Print a line on process 0, unless the terminal or pipe has been closed. File names can hold any bytes."""
     if RANK == 0:
         with contextlib.suppress(OSError):
-            print(line, flush=True)
+            print(line.encode(errors='backslashreplace').decode(), flush=True)
 
 
 def one_line(error):
@@ -346,11 +344,11 @@ def open_folder(settings, flags):
     return out, lock
 
 
-def save(run, progress, model, optimizer, name):
+def save(run, model, optimizer, name):
     """Write a checkpoint: tensors and plain values only, for weights_only=True. Process 0 only."""
     if RANK == 0:
-        values = dict(**dataclasses.asdict(progress), config=vars(run.config), settings=vars(run.settings),
-                      meta=run.meta, model=model.state_dict(), optimizer=optimizer.state_dict())
+        values = dict(step=run.step, best=run.best, losses=run.losses, meta=run.meta, settings=vars(run.settings),
+                      config=vars(run.config), model=model.state_dict(), optimizer=optimizer.state_dict())
         buffer = io.BytesIO()  # torch.save into the file itself would hide that a disk is full
         torch.save(values, buffer)
         atomic_write(run.out / name, lambda f: f.write(buffer.getbuffer()))
@@ -370,7 +368,7 @@ def load_checkpoint(path):
 
 
 def restore(run, checkpoint, model, optimizer):
-    """Load a checkpoint into model and optimizer -> Progress. Prints changed settings, refuses another architecture."""
+    """Load a checkpoint into run, model and optimizer. Prints changed settings, refuses another architecture."""
     try:
         old = dict(checkpoint['settings'], **checkpoint['config'], tokenizer=checkpoint['meta']['tokenizer'])
         new = dict(vars(run.settings), **vars(run.config), tokenizer=run.meta['tokenizer'])
@@ -382,7 +380,7 @@ def restore(run, checkpoint, model, optimizer):
             group.update(present, params=group['params'])  # the betas and weight decay of this run
         model.load_state_dict(checkpoint['model'])
         optimizer.load_state_dict(checkpoint['optimizer'])
-        return Progress(checkpoint['step'], best_loss(run), checkpoint['losses'])
+        run.step, run.losses = checkpoint['step'], checkpoint['losses']
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
         die(f'the checkpoint in {run.out} does not fit model_{run.settings.model}.py as it is now: {one_line(e)}')
 
@@ -392,21 +390,21 @@ def best_loss(run):
     if not (run.out / 'ckpt_best.pt').exists():
         return math.inf
     old = load_checkpoint(run.out / 'ckpt_best.pt')
-    kept = old['meta']['sha256'] == run.meta['sha256']
-    if kept and all(old['settings'][name] == getattr(run.settings, name) for name in ('eval_tokens', 'mask_prob')):
+    same = [old['settings'].get(name) == getattr(run.settings, name) for name in ('eval_tokens', 'mask_prob')]
+    if all(same) and old['meta'].get('sha256') == run.meta['sha256']:
         return old['best']
     print0(f'the data, eval_tokens or mask_prob have changed: the best loss, {old["best"]:.4f}, starts anew')
     return math.inf
 
 
-def start_log(run, step):
-    """Read log.csv up to the checkpoint of `step`, without a validation of that step if the loop will repeat it."""
+def start_log(run):
+    """Read log.csv up to the step of the checkpoint, without a validation at it if the loop will repeat that."""
     path = run.out / 'log.csv'
     if path.exists():
         with open(path, newline='', encoding='utf-8') as f:
-            rows = [row for row in csv.DictReader(f) if int(row['step']) <= step]
-        repeated = validation_due(run.settings, step)
-        run.log = [row for row in rows if not (repeated and row['val_loss'] and int(row['step']) == step)]
+            rows = [row for row in csv.DictReader(f) if int(row['step']) <= run.step]
+        repeated = validation_due(run.settings, run.step)
+        run.log = [row for row in rows if not (repeated and row['val_loss'] and int(row['step']) == run.step)]
 
 
 def log(run, **row):
@@ -436,15 +434,6 @@ def plot(run):
     atomic_write(run.out / 'loss.png', lambda f: fig.savefig(f, format='png', dpi=120))
 
 
-def on_any_process(flag, process_group):
-    """True on every process if `flag` is true on one. By gloo, so that it does not wait for a GPU."""
-    if WORLD == 1:
-        return flag
-    flag = torch.tensor(float(flag))
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=process_group)
-    return flag.item() > 0
-
-
 def handle_signals(signals=None):
     """Append the signals that come to a list, or without a list exit at once, which removes unfinished files."""
     hangup = getattr(signal, 'SIGHUP', None)  # Windows does not have it
@@ -469,8 +458,7 @@ def choose_device(settings):
         device = torch.device(best if settings.device in ('auto', best.split(':')[0]) else settings.device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
-        die(f'--device {settings.device} is not available here; allowed: auto ({best}), cpu, cuda, cuda:N, mps. '
-            f'{one_line(e)}')
+        die(f'--device {settings.device} is not available here; auto would be {best}. {one_line(e)}')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32
@@ -491,7 +479,8 @@ def multiplies_bf16(device):
 
 def make_parser(**options):
     """argparse with errors of one line, and the flags that are not settings."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     **options)
     parser.error = lambda message: die(f'{message} (see python train.py --help)')
     parser.add_argument('--preset', choices=list(PRESETS), default='tiny', help='a set of values (default tiny)')
     parser.add_argument('--config', metavar='FILE', help='settings that an earlier run wrote (its config.json)')
@@ -609,10 +598,10 @@ def load_data(run):
     """Read the data set, which is prepared first if it is missing. Refuse a model that does not fit it."""
     settings, config = run.settings, run.config
     folder = Path(settings.data_dir, settings.dataset)
-    if RANK == 0 and not (folder / 'meta.json').exists():
+    if LOCAL_RANK == 0 and not (folder / 'meta.json').exists():
         prepare_data.prepare(settings.dataset, data_dir=settings.data_dir)
-    if WORLD > 1:
-        dist.barrier(run.process_group)
+    while not (folder / 'meta.json').exists():
+        time.sleep(1)  # another process is preparing it
     run.meta, run.train, run.val = prepare_data.load(folder)
     needed = run.meta['mask_id'] + 1
     config.vocab_size = config.vocab_size or math.ceil(needed / 64) * 64
@@ -646,22 +635,19 @@ def build(run, module, compiled):
 
 def main():
     handle_signals()
-    if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
-        sys.stdout.reconfigure(errors='backslashreplace')  # for file names that are not text
     settings, module, config, flags = resolve(sys.argv[1:])
     device, dtype, compiled = choose_device(settings)
     run = Run(settings, config, device, dtype)
+    load_data(run)
     if WORLD > 1:
         cuda = device.type == 'cuda'
         dist.init_process_group('nccl' if cuda else 'gloo', device_id=device if cuda else None)
-        run.process_group = dist.new_group(backend='gloo', timeout=datetime.timedelta(days=1))  # while data is prepared
-    load_data(run)
     model, ddp, optimizer = build(run, module, compiled)
     if flags.eval_only:
         run.out = Path(flags.out_dir)
         name = 'ckpt_best.pt' if (run.out / 'ckpt_best.pt').exists() else 'ckpt_last.pt'
-        step = restore(run, load_checkpoint(run.out / name), model, optimizer).step
-        print0(f'{run.out}, step {step}, {settings.dataset}: val loss {describe(run, evaluate(run, model))}')
+        restore(run, load_checkpoint(run.out / name), model, optimizer)
+        print0(f'{run.out}, step {run.step}, {settings.dataset}: val loss {describe(run, evaluate(run, model))}')
     else:
         train(run, flags, model, ddp, optimizer)
     if WORLD > 1:
@@ -671,34 +657,34 @@ def main():
 
 def train(run, flags, model, ddp, optimizer):
     """The whole run: from the checkpoint, if there is one, to loss.png."""
-    opened = [None]
+    shared = [None, None]  # folder, and whether it holds a checkpoint to resume: process 0 decides
     if RANK == 0:
-        opened[0], lock = open_folder(run.settings, flags)  # it is locked as long as `lock` exists
+        run.out, lock = open_folder(run.settings, flags)  # it is locked as long as `lock` exists
+        shared = [run.out, flags.resume and (run.out / 'ckpt_last.pt').exists()]
     if WORLD > 1:
-        dist.broadcast_object_list(opened, group=run.process_group)
-    run.out = opened[0]
-    progress = Progress()
-    path = run.out / 'ckpt_last.pt'
-    if flags.resume and on_any_process(path.exists(), run.process_group):
-        progress = restore(run, load_checkpoint(path), model, optimizer)
-    start_log(run, progress.step)
+        dist.broadcast_object_list(shared)
+    run.out, resume = shared
+    if resume:
+        restore(run, load_checkpoint(run.out / 'ckpt_last.pt'), model, optimizer)
+        run.best = best_loss(run)
+    start_log(run)
     if RANK == 0:
         values = json.dumps({**vars(run.settings), **vars(run.config)}, indent=1)
         atomic_write(run.out / 'config.json', lambda f: f.write(f'{values}\n'.encode()))
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print0(f'{len(run.train):,} training tokens, {parameters:.2f}M parameters, run {run.out}')
-    exit_code = training_loop(run, model, ddp, optimizer, progress)
+    n_params = sum(p.numel() for p in model.parameters())
+    print0(f'{len(run.train):,} training tokens, {n_params:,} parameters, run {run.out}')
+    exit_code = training_loop(run, model, ddp, optimizer)
     handle_signals()
     out = shlex.quote(str(run.out))
     if exit_code:
         if WORLD > 1:
-            dist.barrier(run.process_group)  # torchrun kills all processes when one exits, perhaps before it has saved
+            dist.barrier()  # torchrun kills all processes when one exits, perhaps before it has saved
         launcher = 'python' if WORLD == 1 else 'torchrun ...'
-        print0(f'stopped after step {progress.step}, saved. To resume: {launcher} train.py --resume --out_dir {out}')
+        print0(f'stopped after step {run.step}, saved. To resume: {launcher} train.py --resume --out_dir {out}')
         sys.exit(exit_code)
     if RANK == 0:
         plot(run)
-    print0(f'done: best val loss {describe(run, progress.best)}. Now try: python sample.py --out_dir {out}')
+    print0(f'done: best val loss {describe(run, run.best)}. Now try: python sample.py --out_dir {out}')
 
 
 if __name__ == '__main__':

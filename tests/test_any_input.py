@@ -58,7 +58,8 @@ def refused(function, *words):
 @example(['--out_dir', '\udcff', '--resume'])
 @example(['--model', '../model_nope'])
 def test_command_lines(tmp_path_factory, words):
-    with contextlib.chdir(tmp_path_factory.getbasetemp()):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.getbasetemp())
         refused(script.resolve, words)
 
 
@@ -70,7 +71,8 @@ def test_command_lines(tmp_path_factory, words):
 def test_config_files(tmp_path_factory, values, word):
     folder = tmp_path_factory.getbasetemp()
     (folder / 'c.json').write_text(json.dumps(values), encoding='utf-8')
-    with contextlib.chdir(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         refused(script.resolve, ['--config', 'c.json', *word.split()])
 
 
@@ -102,7 +104,7 @@ def small(tmp_path_factory):
     (folder / 'text.txt').write_bytes(bytes(range(32, 132)) * 2)
     prepare_data.prepare('text', tokenizer='bytes', path=folder / 'text.txt', data_dir=folder)
     run, model, optimizer = build(folder)
-    script.save(run, script.Progress(1, 5.0, [5.0]), model, optimizer, 'ckpt_last.pt')
+    script.save(run, model, optimizer, 'ckpt_last.pt')
     return SimpleNamespace(folder=folder, meta=(folder / 'text/meta.json').read_text(),
                            checkpoint=(folder / 'ckpt_last.pt').read_bytes())
 

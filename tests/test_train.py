@@ -142,8 +142,8 @@ def test_micro_batches_equal_one_batch(objective):
         batches = script.micro_batches(run, 5)
         assert [len(idx) for idx, *_ in batches] == ([3] * 4 if micro else [12])
         before = copy.deepcopy(model)
-        loss, norm = script.train_step(run, ddp, optimizer, 5, batches).tolist()
-        found.append((loss, norm, model.state_dict()))
+        loss, norm = script.train_step(run, ddp, optimizer, 5, batches)
+        found.append((loss.item(), norm.item(), model.state_dict()))
         assert optimizer.param_groups[0]['lr'] == optimizer.param_groups[1]['lr'] == script.lr_at(5, run.settings)
     idx, targets, positions = script.to_device(run, script.train_batch(run, 5, range(12)))
     by_hand = before(idx, targets, where=positions)[1]
@@ -425,7 +425,8 @@ def test_a_new_metric_gets_a_column(tmp_path):
     script.log(run, step=0, val_loss=1.5)
     script.log(run, step=10, train_loss=2.0)
     run.log = []
-    script.start_log(run, 10)
+    run.step = 10
+    script.start_log(run)
     script.log(run, step=20, train_loss=1 / 3, entropy=0.5)
     assert (tmp_path / 'log.csv').read_text() == 'step,val_loss,train_loss,entropy\n0,1.5,,\n10,,2,\n20,,0.333333,0.5\n'
 

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,15 +21,14 @@ import train as script  # noqa: E402
 bounded = settings(max_examples=60, derandomize=True, deadline=None, database=None,
                    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 FIELDS = [field.name for field in dataclasses.fields(script.Settings) + dataclasses.fields(model_composite.Config)]
-OTHERS = ['preset', 'config', 'out_dir', 'resume', 'overwrite', 'eval_only', 'no-causal', 'no-fixed', 'help', '']
+OTHERS = ['preset', 'config', 'out_dir', 'resume', 'overwrite', 'eval_only', 'no-causal', 'help', '']
 FLAGS = [f'--{name}' for name in FIELDS + OTHERS] + ['-h', '-x', '=', '-']
 WORDS = st.one_of(
     st.sampled_from(['', '0', '-1', '1', 'nan', 'inf', '1e400', '9' * 400, '٣', '\udcff', '../x', '.', '/', 'a' * 300,
                      'on', 'auto', 'causal', 'masked', 'nope', 'small', 'cpu']),
     st.integers().map(str), st.floats().map(str), st.text(st.characters(exclude_characters='\0'), max_size=6))
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
-    | st.sampled_from([2 ** 40, -2 ** 40, '\0', '\ud800', 'uint16', 'float32', 'object', '']),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.sampled_from([2 ** 40, '\0', '']),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=5)
 
 
@@ -97,18 +95,6 @@ def test_files_of_any_bytes(tmp_path_factory, content):
     refused(script.read_config, folder / 'meta.json')
 
 
-@pytest.fixture(scope='module')
-def small(tmp_path_factory):
-    """A data set of 200 ids, and a checkpoint of the smallest model."""
-    folder = tmp_path_factory.mktemp('small')
-    (folder / 'text.txt').write_bytes(bytes(range(32, 132)) * 2)
-    prepare_data.prepare('text', tokenizer='bytes', path=folder / 'text.txt', data_dir=folder)
-    run, model, optimizer = build(folder)
-    script.save(run, model, optimizer, 'ckpt_last.pt')
-    return SimpleNamespace(folder=folder, meta=(folder / 'text/meta.json').read_text(),
-                           checkpoint=(folder / 'ckpt_last.pt').read_bytes())
-
-
 def build(folder):
     config = model_nope.Config(vocab_size=0, block_size=4, n_layer=1, n_head=1, n_embd=4)
     run = script.Run(script.Settings(model='nope', dataset='text', data_dir=str(folder)), config, out=folder)
@@ -117,29 +103,31 @@ def build(folder):
     return run, model, optimizer
 
 
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """A folder with a data set of 200 ids and a checkpoint of the smallest model."""
+    folder = tmp_path_factory.mktemp('small')
+    (folder / 'text.txt').write_bytes(bytes(range(32, 132)) * 2)
+    prepare_data.prepare('text', tokenizer='bytes', path=folder / 'text.txt', data_dir=folder)
+    run, model, optimizer = build(folder)
+    script.save(run, model, optimizer, 'good.pt')
+    return folder
+
+
 def resume(folder):
     run, model, optimizer = build(folder)
     script.restore(run, script.load_checkpoint(folder / 'ckpt_last.pt'), model, optimizer)
 
 
 @bounded
-@given(st.sampled_from(['tokenizer', 'vocab_size', 'mask_id', 'dtype', 'train_tokens', 'val_bytes', 'sha256']), JSON)
-def test_meta(small, name, value):
-    meta = dict(json.loads(small.meta), **{name: value})
-    (small.folder / 'text/meta.json').write_text(json.dumps(meta), encoding='utf-8')
-    refused(build, small.folder)
-    (small.folder / 'text/meta.json').write_text(small.meta, encoding='utf-8')
-
-
-@bounded
 @given(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=3))
 def test_checkpoints_with_wrong_bytes(small, place, content):
     """Refused, or loaded with the very values that were saved."""
-    data = bytearray(small.checkpoint)
-    start = int(place * len(data))
-    data[start:start + len(content)] = content
-    (small.folder / 'ckpt_last.pt').write_bytes(data)
-    if refused(resume, small.folder) is None:
-        wrong, right = (torch.load(io.BytesIO(x), weights_only=True)['model'] for x in (bytes(data), small.checkpoint))
+    good = (small / 'good.pt').read_bytes()
+    start = int(place * len(good))
+    bad = good[:start] + content + good[start + len(content):]
+    (small / 'ckpt_last.pt').write_bytes(bad)
+    if refused(resume, small) is None:
+        wrong, right = (torch.load(io.BytesIO(x), weights_only=True)['model'] for x in (bad, good))
         assert all(torch.equal(wrong[name], right[name]) for name in right)
-    refused(sample.load_run, small.folder)
+    refused(sample.load_run, small)

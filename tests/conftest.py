@@ -69,28 +69,24 @@ class Run:
 def run_here(script, arguments, folder, env):
     """Run a script in this process -> its stdout, its stderr, its exit code. Everything else stays as it was."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8') for _ in range(2))
-    old_argv, old_path, old_folder, old_env = sys.argv, sys.path[:], os.getcwd(), dict(os.environ)
-    old_handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.parent))
-    os.environ.update(env)
-    os.chdir(folder)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    path = sys.path[:]
     code = 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, 'argv', [str(script), *arguments])
+        for name, value in env.items():
+            patch.setenv(name, value)
+        sys.path.insert(0, str(script.parent))
+        try:
             runpy.run_path(str(script), run_name='__main__')
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        os.chdir(old_folder)
-        sys.argv = old_argv
-        sys.path[:] = old_path
-        sys.modules.pop('model_mine', None)  # a test's own scheme
-        for name in set(os.environ) - set(old_env):
-            del os.environ[name]
-        os.environ.update(old_env)
-        for number, handler in old_handlers.items():
-            signal.signal(number, handler)
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            sys.path[:] = path
+            sys.modules.pop('model_mine', None)  # a test's own scheme
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     for stream in (out, err):
         stream.seek(0)
     return out.read(), err.read(), code

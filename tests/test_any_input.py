@@ -74,13 +74,6 @@ def test_config_files(tmp_path_factory, values, word):
         refused(script.resolve, ['--config', 'c.json', *word.split()])
 
 
-def test_a_config_file_holds_settings_only(tmp_path):
-    """Flags that delete or choose a run come from the command line alone."""
-    (tmp_path / 'c.json').write_text('{"overwrite": true, "out_dir": "x", "eval_only": true, "resume": true}')
-    flags = script.resolve(['--config', str(tmp_path / 'c.json')])[-1]
-    assert (flags.overwrite, flags.out_dir, flags.eval_only, flags.resume) == (False, None, False, False)
-
-
 @bounded
 @given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
 @example(b'[' * 100000)

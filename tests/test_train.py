@@ -59,8 +59,7 @@ def make_run(T, data=DATA, **settings):
 
 
 def test_causal_targets_are_the_next_tokens():
-    run = make_run(40, np.arange(43, dtype=np.uint16))
-    idx, targets, masked_positions = script.train_batch(run, 3, range(200))
+    idx, targets, masked_positions = script.train_batch(make_run(40, np.arange(43, dtype=np.uint16)), 3, range(200))
     assert (targets == idx + 1).all() and (np.diff(idx) == 1).all() and masked_positions is None
     assert set(idx[:, 0]) == {0, 1, 2}, 'every start that leaves T + 1 tokens, and no other'
 
@@ -70,11 +69,9 @@ def test_batches_depend_on_seed_step_and_row_only(objective):
     run = make_run(40, objective=objective)
     whole = script.train_batch(run, 7, range(12))
     parts = [script.train_batch(run, 7, range(i, i + 3)) for i in (0, 3, 6, 9)]  # micro batches, or processes
-    for i, a in enumerate(whole):
-        assert a is None or (a == np.concatenate([p[i] for p in parts])).all()
-    other_step = script.train_batch(run, 8, range(12))
-    other_seed = script.train_batch(make_run(40, objective=objective, seed=2), 7, range(12))
-    for other in (other_step, other_seed):
+    assert all(a is None or (a == np.concatenate(b)).all() for a, b in zip(whole, zip(*parts)))
+    for other in (script.train_batch(run, 8, range(12)),
+                  script.train_batch(make_run(40, objective=objective, seed=2), 7, range(12))):
         assert (other[0] != whole[0]).mean() > 0.5
     assert len({row.tobytes() for row in whole[0]}) == 12
 
@@ -519,11 +516,8 @@ REFUSED = {
     '--preset huge': "'tiny', 'small', 'gpt2'",
     '--objective both': "'causal', 'masked'",
     '--max_iters many': "invalid int value: 'many'",
-    '--learning_rate -1': '--learning_rate must be at least 0',
     '--learning_rate nan': '--learning_rate must be at least 0',
-    '--learning_rate inf': '--learning_rate must be at least 0',
     '--batch_size 0': '--batch_size must be above 0',
-    '--block_size 0': '--block_size must be above 0',
     '--dropout 1.0': '--dropout must be at least 0 and at most 0.9999, not 1.0',
     '--mask_prob 0': '--mask_prob must be above 0 and at most 1',
     '--seed -3': '--seed must be at least 0',
@@ -534,10 +528,8 @@ REFUSED = {
     '--overwrite': '--overwrite needs --out_dir',
     '--overwrite --resume --out_dir x': 'excludes --resume',
     '--eval_only': '--eval_only found no checkpoint in out/composite-causal-shakespeare',
-    '--eval_only --out_dir nowhere': 'no checkpoint in nowhere',
     '{"n_layers": 2}': 'unrecognized arguments: --n_layers=2',
     '{"n_layer": 2.5}': "--n_layer: invalid int value: '2.5'",
-    '{"n_layer": true}': '--n_layer: expected one argument',
     '[1]': 'must hold a JSON object',
 }
 
@@ -574,34 +566,24 @@ def test_refused_by_the_real_command(train, words, part):
 
 
 def test_who_decides_a_setting(monkeypatch, tmp_path):
-    """Flags win over a file, which wins over a preset; a run that is resumed has its own settings."""
+    """Flags win over a file, which wins over a preset; a resumed run has its own settings."""
     monkeypatch.chdir(tmp_path)
-    Path('c.json').write_text('{"causal": true, "learning_rate": 1e-4, "batch_size": 6, "vocab_size": 999}')
+    Path('c.json').write_text('{"causal": true, "learning_rate": 1e-4, "batch_size": 6, "vocab_size": 9, "resume": true}')
     settings, module, config, flags = script.resolve(
         '--objective masked --config c.json --preset small --batch_size 2'.split())
     assert (settings.batch_size, settings.learning_rate, settings.max_iters, config.n_layer) == (2, 1e-4, 5000, 6)
-    assert config.causal and config.vocab_size == 0 and module.__name__ == 'model_composite' and flags.out_dir is None
+    assert (config.causal, config.vocab_size, flags.resume, flags.out_dir) == (True, 0, False, None)
     assert not script.resolve('--preset bert_small'.split())[2].causal, 'the objective of a preset decides'
     Path('x').mkdir()
     Path('x/ckpt_last.pt').touch()
     Path('x/config.json').write_text('{"model": "nope", "objective": "causal", "learning_rate": 5e-4}')
-    for more in ('', '--config c.json', '--preset gpt2'):
-        settings, module, config, _ = script.resolve(f'--resume --out_dir x {more}'.split())
-        assert (settings.learning_rate, settings.batch_size, config.n_layer) == (5e-4, 24, 4)
-        assert module.__name__ == 'model_nope'
-
-
-def test_help_names_every_field(capsys):
-    with pytest.raises(SystemExit) as stop:
-        script.resolve(['--model', 'nope', '--objective', 'masked', '--help'])
-    text = ' '.join(capsys.readouterr().out.split('\n  --help')[-1].split())
-    assert stop.value.code == 0 and re.search(r'--causal[^(]*\([^(]*\) \(default False\)', text)
-    for name in (*vars(script.Settings()), *vars(script.load_model_file('nope').Config())):
-        assert re.search(rf'--{name}\b.* \(default ', text), name
+    settings, module, config, _ = script.resolve('--resume --out_dir x --config c.json --preset gpt2'.split())
+    assert (settings.learning_rate, settings.batch_size, config.n_layer) == (5e-4, 24, 4)
+    assert module.__name__ == 'model_nope'
 
 
 @pytest.mark.parametrize('folder', ['.', 'baselines'])
-def test_a_scheme_of_ones_own_is_one_new_file(train, monkeypatch, folder):
+def test_a_scheme_of_ones_own_is_one_new_file(train, folder):
     """Its fields are flags, and its choose_attention() is called once."""
     source = (REPO / 'model_nope.py').read_text().replace(
         '    init_std: float = 0.02', '    shift: float = -1.5  # moves all\n    init_std: float = 0.03')
@@ -614,13 +596,3 @@ def test_a_scheme_of_ones_own_is_one_new_file(train, monkeypatch, folder):
     config = json.loads((train.folder / 'out/mine-causal-code/config.json').read_text())
     assert config['init_std'] == 0.03 and config['shift'] == -2.5
     assert train.out.splitlines().count('chosen for torch.float32 cpu') == 1
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
-@pytest.mark.parametrize('name', MODELS)
-def test_on_a_gpu(train, name):
-    for objective in ('causal', 'masked'):
-        words = ['--device', 'cuda', '--dtype', 'auto']
-        train.train('--model', name, '--objective', objective, '--max_iters', 20, *words)
-        losses = [float(v) for v, in log(train.folder / 'out' / f'{name}-{objective}-code', 'val_loss')]
-        assert 'bfloat16, compile on' in train.out and losses[-1] < losses[0]

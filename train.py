@@ -357,11 +357,11 @@ def save(run, model, optimizer, name):
 def load_checkpoint(path):
     """-> the dict that save() wrote. Exits with code 2 if the file is missing, damaged or something else."""
     try:
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
-            raise ValueError(f'the checksum of {damaged} is wrong')
+        if zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
+            raise ValueError('wrong checksum')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        if missing := {'step', 'best', 'losses', 'config', 'settings', 'meta', 'model', 'optimizer'} - set(checkpoint):
-            raise ValueError(f'it does not hold {missing}')
+        if not {'step', 'best', 'losses', 'settings', 'config', 'meta', 'model'} <= set(checkpoint):
+            raise ValueError('fields are missing')
         return checkpoint
     except Exception as e:  # zip, pickle and torch raise many kinds of errors for a damaged file
         die(f'{path} is damaged, or not a checkpoint of train.py: {type(e).__name__} {one_line(e)}')
@@ -404,7 +404,7 @@ def start_log(run):
         with open(path, newline='', encoding='utf-8') as f:
             rows = [row for row in csv.DictReader(f) if int(row['step']) <= run.step]
         repeated = validation_due(run.settings, run.step)
-        run.log = [row for row in rows if not (repeated and row['val_loss'] and int(row['step']) == run.step)]
+        run.log = [row for row in rows if not (repeated and row.get('val_loss') and int(row['step']) == run.step)]
 
 
 def log(run, **row):
@@ -441,13 +441,13 @@ def handle_signals(signals=None):
     def on_signal(number, _):
         if signals is None:
             sys.exit(128 + number)
-        if signals and number != hangup and WORLD == 1:  # A second signal exits at once. Not a hangup, which a closing
-            os._exit(128 + number)                       # terminal can send twice; not under torchrun, which repeats.
+        # A second signal exits at once; but a closing terminal can send two hangups, and torchrun repeats a Ctrl-C.
+        if signals and number != hangup and WORLD == 1:
+            os._exit(128 + number)
         signals.append(number)
     for number in (signal.SIGINT, signal.SIGTERM, hangup):
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            # processes other than 0 may wait inside a library, where Python cannot run a handler
-            signal.signal(number, on_signal if RANK == 0 or signals is not None else signal.SIG_DFL)
+            signal.signal(number, on_signal)
 
 
 def choose_device(settings):
@@ -477,10 +477,9 @@ def multiplies_bf16(device):
     return device.type == 'cpu' and any(torch.cpu.get_capabilities().get(x) for x in ('avx512_bf16', 'amx_bf16'))
 
 
-def make_parser(**options):
+def make_parser(**kw):
     """argparse with errors of one line, and the flags that are not settings."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     **options)
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kw)
     parser.error = lambda message: die(f'{message} (see python train.py --help)')
     parser.add_argument('--preset', choices=list(PRESETS), default='tiny', help='a set of values (default tiny)')
     parser.add_argument('--config', metavar='FILE', help='settings that an earlier run wrote (its config.json)')
@@ -528,7 +527,7 @@ def as_flags(values):
 
 
 def find_run(flags, name):
-    """The folder to resume: --out_dir, else the newest of out/<name>, out/<name>-2, ...; None if there is none."""
+    """The folder to resume: --out_dir, else the one of out/<name>, out/<name>-2, ... with the newest checkpoint."""
     runs = [path for path in Path('out').glob('*/ckpt_last.pt')
             if re.fullmatch(rf'{re.escape(name)}(-\d+)?', path.parent.name)]
     newest = max(runs, key=os.path.getmtime).parent if runs else Path('out', name)
@@ -585,8 +584,9 @@ def check_values(flags):
     limits = dict(mask_prob=1, dropout=0.9999, beta1=0.9999, beta2=0.9999)
     for name in (*vars(Settings()), *positive, 'vocab_size', 'init_std', 'dropout'):
         value, highest = getattr(flags, name), limits.get(name, 2 ** 31)
-        if isinstance(value, (int, float)) and not (0 <= value <= highest and (value or name not in positive)):
-            die(f'--{name} must be {"above" if name in positive else "at least"} 0 and at most {highest}, not {value}')
+        if isinstance(value, str) or 0 < value <= highest or (value == 0 and name not in positive):
+            continue
+        die(f'--{name} must be {"above" if name in positive else "at least"} 0 and at most {highest}, not {value}')
     if flags.objective == 'causal' and not flags.causal:
         die('--objective causal needs --causal: without the mask the model sees the token it predicts')
     share, micro = batch_share(flags)

@@ -28,7 +28,7 @@ WORDS = st.one_of(
                      'on', 'auto', 'causal', 'masked', 'nope', 'small', 'cpu']),
     st.integers().map(str), st.floats().map(str), st.text(st.characters(exclude_characters='\0'), max_size=6))
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.sampled_from([2 ** 40, '\0', '']),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=5)
 
 

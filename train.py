@@ -420,18 +420,14 @@ def log(run, **row):
 
 def plot(run):
     """Draw the losses of log.csv into loss.png."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot: a notebook keeps its own backend
-    except ImportError:
-        return print0('no loss.png: matplotlib is not installed')
-    fig = Figure(figsize=(7, 4))
-    ax = fig.subplots()
+    from matplotlib.figure import Figure  # without pyplot: a notebook keeps its own backend
+    ax = Figure(figsize=(7, 4)).subplots()
     for name in ('train_loss', 'val_loss'):
-        points = [(int(row['step']), float(row[name])) for row in run.log if row.get(name)]
-        ax.plot(*zip(*points), label=name)
+        rows = [row for row in run.log if row.get(name)]
+        ax.plot([int(row['step']) for row in rows], [float(row[name]) for row in rows], label=name)
     ax.set(xlabel='step', ylabel='loss (nats per token)', title=run.out.name)
     ax.legend()
-    atomic_write(run.out / 'loss.png', lambda f: fig.savefig(f, format='png', dpi=120))
+    atomic_write(run.out / 'loss.png', lambda f: ax.figure.savefig(f, format='png', dpi=120))
 
 
 def handle_signals(signals=None):
@@ -682,7 +678,7 @@ def train(run, flags, model, ddp, optimizer):
         launcher = 'python' if WORLD == 1 else 'torchrun ...'
         print0(f'stopped after step {run.step}, saved. To resume: {launcher} train.py --resume --out_dir {out}')
         sys.exit(exit_code)
-    if RANK == 0:
+    if RANK == 0 and importlib.util.find_spec('matplotlib'):
         plot(run)
     print0(f'done: best val loss {describe(run, run.best)}. Now try: python sample.py --out_dir {out}')
 

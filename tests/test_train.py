@@ -95,8 +95,7 @@ def test_masked_batch():
 
 def test_validation_sequences_are_fixed_spread_and_disjoint():
     for objective in ('causal', 'masked'):
-        first, second = [script.val_batch(make_run(64, seed=seed, objective=objective), range(10), 10)
-                         for seed in (1, 2)]
+        first, second = [script.val_batch(make_run(64, objective=objective, seed=n), range(10), 10) for n in (1, 2)]
         assert all(a is None or (a == b).all() for a, b in zip(first, second))
     idx, targets, _ = script.val_batch(make_run(64, np.arange(5000, dtype=np.uint16)), range(78), 78)
     assert len(np.unique(idx)) == idx.size and idx[0, 0] == 0 and targets.max() == 4999
@@ -120,44 +119,31 @@ def test_evaluate(objective):
             assert abs(script.evaluate(run, model) - by_hand(run, n)) < 2e-6 and model.training, (n, micro)
 
 
-def small_model(settings, **fields):
-    run = make_run(32, **settings)
-    module = script.load_model_file('nope')
-    run.config = module.Config(vocab_size=257, block_size=32, n_layer=1, n_embd=32, **fields)
-    return run, *script.build(run, module, False)
-
-
 @pytest.mark.parametrize('objective', ['causal', 'masked'])
 def test_micro_batches_equal_one_batch(objective):
-    """Loss, gradient norm before clipping, and the weights after a step; the norm is that of the gradient."""
+    """Loss, gradient norm and weights after a step are those of the whole batch by hand; matrices decay, vectors not."""
+    module = script.load_model_file('nope')
     found = []
     for micro in (0, 3):
-        settings = dict(objective=objective, batch_size=12, micro_batch_size=micro, grad_clip=0.01)
-        run, model, ddp, optimizer = small_model(settings, causal=objective == 'causal')
+        run = make_run(32, objective=objective, batch_size=12, micro_batch_size=micro, grad_clip=0.01, beta1=0.8)
+        run.config = module.Config(vocab_size=257, causal=objective == 'causal', block_size=32, n_layer=1, bias=True)
+        model, ddp, optimizer = script.build(run, module, False)
+        before = copy.deepcopy(model)
         batches = script.micro_batches(run, 5)
         assert [len(idx) for idx, *_ in batches] == ([3] * 4 if micro else [12])
-        before = copy.deepcopy(model)
         loss, norm = script.train_step(run, ddp, optimizer, 5, batches)
         found.append((loss.item(), norm.item(), model.state_dict()))
-        assert optimizer.param_groups[0]['lr'] == optimizer.param_groups[1]['lr'] == script.lr_at(5, run.settings)
+        moments = torch.cat([state['exp_avg'].flatten() for state in optimizer.state.values()])
+        assert abs(moments.norm().item() - 0.01 * (1 - 0.8)) < 1e-6, 'the gradient is clipped'
+        for group, decay, dimensions in zip(optimizer.param_groups, (0.1, 0.0), (2, 1), strict=True):
+            assert (group['lr'], group['weight_decay'], group['betas']) == (3e-3 * 6 / 100, decay, (0.8, 0.95))
+            assert {p.dim() for p in group['params']} == {dimensions}
     idx, targets, positions = script.to_device(run, script.train_batch(run, 5, range(12)))
     by_hand = before(idx, targets, where=positions)[1]
-    grads = torch.autograd.grad(by_hand, list(before.parameters()))
-    norm_by_hand = torch.cat([g.flatten() for g in grads]).norm().item()
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(by_hand, list(before.parameters()))])
     for loss, norm, weights in found:
-        assert abs(loss - by_hand.item()) < 1e-5 and abs(norm / norm_by_hand - 1) < 1e-4
+        assert abs(loss - by_hand.item()) < 1e-5 and abs(norm / gradient.norm().item() - 1) < 1e-4
         assert equal(weights, found[0][2], 1e-5)
-
-
-def test_optimizer():
-    """Gradients are clipped to grad_clip; matrices decay and vectors do not."""
-    run, model, ddp, optimizer = small_model(dict(grad_clip=0.05, weight_decay=0.2, beta1=0.8, beta2=0.9), bias=True)
-    script.train_step(run, ddp, optimizer, 0, script.micro_batches(run, 0))
-    first_moments = torch.cat([state['exp_avg'].flatten() for state in optimizer.state.values()])
-    assert abs(first_moments.norm().item() - 0.05 * (1 - 0.8)) < 1e-6, 'exp_avg is (1 - beta1) times the gradient'
-    assert [g['weight_decay'] for g in optimizer.param_groups] == [0.2, 0.0]
-    assert [g['betas'] for g in optimizer.param_groups] == [(0.8, 0.9)] * 2
-    assert [{p.dim() for p in g['params']} for g in optimizer.param_groups] == [{2}, {1}]
 
 
 def test_schedule():
@@ -268,23 +254,16 @@ def test_killed_and_resumed_is_bit_identical(unbroken):
     assert not list(broken.glob('*.tmp'))
 
 
-def signal_in_step(monkeypatch, n, *numbers):
-    """Send signals to this process in the n-th optimizer step from now on."""
-    step, count = torch.optim.AdamW.step, [0]
-
-    def patched(self, *args):
-        count[0] += 1
-        if count[0] == n:
-            for number in numbers:
-                signal.raise_signal(number)
-        return step(self, *args)
-    monkeypatch.setattr(torch.optim.AdamW, 'step', patched)
-
-
 @pytest.mark.parametrize('number', SIGNALS, ids=lambda number: number.name)
 def test_signal_finishes_the_step_saves_and_says_how_to_resume(train, number, monkeypatch):
-    hangup = number == getattr(signal, 'SIGHUP', None)
-    signal_in_step(monkeypatch, 4, *[number] * (2 if hangup else 1))  # a terminal that closes can send it twice
+    step = torch.optim.AdamW.step
+    signals = iter([[], [], [], [number] * (2 if number.name == 'SIGHUP' else 1)])  # in the fourth step
+
+    def patched(*args):
+        for number in next(signals, []):
+            signal.raise_signal(number)
+        step(*args)
+    monkeypatch.setattr(torch.optim.AdamW, 'step', patched)
     train.train('--model', 'nope', '--max_iters', 9, '--out_dir', 'out/my run', code=128 + number)
     command = shlex.split(train.out.splitlines()[-1].split('To resume: python ')[1])
     assert 'stopped after step 4, saved' in train.out and checkpoint(train.folder / 'out/my run')['step'] == 4

@@ -686,5 +686,7 @@ def train(run, flags, model, ddp, optimizer):
 if __name__ == '__main__':
     try:
         main()
-    except (OSError, MemoryError, torch.OutOfMemoryError) as e:
+    except OSError as e:  # a full disk, a folder that is not writable
         die(e, 1)
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        die(f'out of memory: try a smaller --micro_batch_size, which gives the same curve. {one_line(e)}', 1)

@@ -88,8 +88,8 @@ def test_files_of_any_bytes(tmp_path_factory, content):
     refused(script.read_config, folder / 'meta.json')
 
 
-def build(folder):
-    config = model_nope.Config(vocab_size=0, block_size=4, n_layer=1, n_head=1, n_embd=4)
+def build(folder, block_size=4):
+    config = model_nope.Config(vocab_size=0, block_size=block_size, n_layer=1, n_head=1, n_embd=4)
     run = script.Run(script.Settings(model='nope', dataset='text', data_dir=str(folder)), config, out=folder)
     script.load_data(run)
     model, _, optimizer = script.build(run, model_nope, False)
@@ -110,6 +110,11 @@ def small(tmp_path_factory):
 def resume(folder):
     run, model, optimizer = build(folder)
     script.restore(run, script.load_checkpoint(folder / 'ckpt_last.pt'), model, optimizer)
+
+
+def test_a_sequence_and_its_targets_fit_into_the_validation_data(small):
+    """20 tokens of validation data: block_size 19 is the longest."""
+    assert '--block_size must be less than 20' in refused(build, small, 20) and refused(build, small, 19) is None
 
 
 @bounded

@@ -200,10 +200,12 @@ def unbroken(tmp_path_factory, data_dir):
 def test_what_the_log_says(unbroken):
     """train_loss: mean since the last line. lr: of the step just done. bits_per_byte: per byte, not per token."""
     lines = [line for line in unbroken.out.splitlines() if line.startswith('step ')]
+    assert not lines[0].endswith('(best)') and lines[2].endswith('(best)'), 'an untrained model is not the best'
     assert len(lines) == 2 + 4 and re.fullmatch(r'step +10/25  loss \S+  lr \S+  norm \S+  \S+ ms  \S+ tokens/s  '
                                                 r'0:00:\d\d left', lines[1])
     every = {int(step): float(loss) for step, loss in log(unbroken.every, 'step', 'train_loss')}
     assert list(every) == list(range(1, 26))
+    assert checkpoint(unbroken.out_dir)['config']['vocab_size'] == 320, '257 ids, rounded up to a multiple of 64'
     settings = script.Settings(**checkpoint(unbroken.out_dir)['settings'])
     for step, loss, lr in log(unbroken.out_dir, 'step', 'train_loss', 'lr'):
         step = int(step)
@@ -411,6 +413,11 @@ def test_resume_keeps_what_it_must(finished):
     assert [g['weight_decay'] for g in optimizer['param_groups']] == [0.3, 0.0]
     assert [g['betas'] for g in optimizer['param_groups']] == [(0.8, 0.95)] * 2
     assert {state['step'].item() for state in optimizer['state'].values()} == {27}
+    shutil.copytree(finished.folder / 'data2/code', finished.folder / 'data2/other')
+    meta = (finished.folder / 'data2/other/meta.json').read_text().replace('"bytes"', '"gpt2"')
+    (finished.folder / 'data2/other/meta.json').write_text(meta)
+    finished('train.py', '--resume', '--out_dir', 'x', '--dataset', 'other', code=2)
+    one_line(finished.err, 'cannot change tokenizer: it is bytes')
     for flag, value, old in (('n_layer', 3, 2), ('objective', 'masked', 'causal'), ('model', 'nope', 'composite')):
         finished('train.py', '--resume', '--out_dir', 'x', f'--{flag}', value, code=2)
         one_line(finished.err, f'cannot change {flag}: it is {old}')

@@ -121,7 +121,7 @@ def test_evaluate(objective):
 
 @pytest.mark.parametrize('objective', ['causal', 'masked'])
 def test_micro_batches_equal_one_batch(objective):
-    """Loss, gradient norm and weights after a step are those of the whole batch by hand; matrices decay, vectors not."""
+    """Loss, gradient norm and weights after a step are those of the whole batch; matrices decay, vectors do not."""
     module = script.load_model_file('nope')
     found = []
     for micro in (0, 3):
@@ -144,6 +144,11 @@ def test_micro_batches_equal_one_batch(objective):
     for loss, norm, weights in found:
         assert abs(loss - by_hand.item()) < 1e-5 and abs(norm / gradient.norm().item() - 1) < 1e-4
         assert equal(weights, found[0][2], 1e-5)
+    run.settings.grad_clip = 0  # no clipping
+    model, ddp, optimizer = script.build(run, module, False)
+    script.train_step(run, ddp, optimizer, 5, [(idx, targets, positions)])
+    moments = torch.cat([state['exp_avg'].flatten() for state in optimizer.state.values()])
+    assert abs(moments.norm().item() / (gradient.norm().item() * (1 - 0.8)) - 1) < 1e-4
 
 
 def test_schedule():
@@ -270,7 +275,8 @@ def test_signal_finishes_the_step_saves_and_says_how_to_resume(train, number, mo
     command = shlex.split(train.out.splitlines()[-1].split('To resume: python ')[1])
     assert 'stopped after step 4, saved' in train.out and checkpoint(train.folder / 'out/my run')['step'] == 4
     train(*command)
-    assert checkpoint(train.folder / 'out/my run')['step'] == 9
+    resumed = checkpoint(train.folder / 'out/my run')
+    assert resumed['step'] == len(resumed['losses']) == 9, 'the next log line is the mean since the last one'
 
 
 @pytest.fixture
@@ -548,6 +554,8 @@ def test_who_decides_a_setting(monkeypatch, tmp_path):
     assert (settings.batch_size, settings.learning_rate, settings.max_iters, config.n_layer) == (2, 1e-4, 5000, 6)
     assert (config.causal, config.vocab_size, flags.eval_only, flags.out_dir) == (True, 0, False, None)
     assert not script.resolve('--preset bert_small'.split())[2].causal, 'the objective of a preset decides'
+    Path('c.json').write_text('{"objective": "causal", "causal": true}')
+    assert not script.resolve('--config c.json --objective masked'.split())[2].causal, 'a new objective decides anew'
     Path('x').mkdir()
     Path('x/ckpt_last.pt').touch()
     Path('x/config.json').write_text('{"model": "nope", "objective": "causal", "learning_rate": 5e-4}')

@@ -20,7 +20,6 @@ import signal
 import socket
 import sys
 import time
-import urllib.request
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ import numpy as np
 PIECE = 2 ** 18  # characters; larger pieces do not fit into the processor's cache
 SMALL = 2 ** 26  # bytes of a file whose checksum load() compares: 2 ms a MB
 MEDIUM = 2 ** 30  # bytes of a file whose ids load() looks through: 0.1 ms a MB
-SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+SHAKESPEARE = Path(__file__).resolve().parent / 'shakespeare.txt'  # in the repository
 # fetched through `datasets`: where, arguments, validation split or None, whether each row is a document, tokenizer
 CORPORA = {
     'shakespeare': (SHAKESPEARE, {}, None, True, 'bytes'),
@@ -48,11 +47,24 @@ SUFFIXES = rf'\.({TEXT.replace(" ", "|")})(\.gz|\.xz)?|\.jsonl|\.parquet|^[^.]+\
 KNOWN_TYPE = re.compile(f'({SUFFIXES})$', re.IGNORECASE)
 
 
-def die(message):
-    """One line on stderr and exit 2. Of the processes that torchrun started on a machine, the first one prints it."""
-    if os.environ.get('LOCAL_RANK', '0') == '0':
-        print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr, flush=True)
-    sys.exit(2)
+def die(message, code=2):
+    """Print one line on stderr and exit. Code 2: wrong input, printed by local rank 0. Code 1: a failure of this process."""
+    if code == 1 or os.environ.get('LOCAL_RANK', '0') == '0':
+        print(f'{Path(sys.argv[0]).name}: {" ".join(str(message).split())}', file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def atomic_write(path, put):
+    """Call put(file) on a temporary file, fsync it and move it to `path`: a kill leaves the old file or the new one."""
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        with open(temporary, 'wb') as f:
+            put(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,15 +96,6 @@ def from_datasets(where, split, rows_are_documents, **arguments):
         reason = ' '.join(str(e).split())[:300]
         die(f'`datasets` cannot read {origin}: {type(e).__name__}: {reason}. '
             'Without a network, give prepare_data.py a local copy with --path')
-
-
-def from_address(url):
-    """One text of the web."""
-    try:
-        with urllib.request.urlopen(url, timeout=60) as f:
-            yield f.read().decode('utf-8'), True
-    except (OSError, ValueError) as e:
-        die(f'{url} cannot be read: {e}. Without a network, give prepare_data.py a local copy with --path')
 
 
 def from_file(path, errors):
@@ -158,8 +161,8 @@ def open_sources(dataset, path, tokenizer):
     if dataset == 'python':
         return f'standard library of Python {sys.version.split()[0]}', {'train': standard_library()}
     where, arguments, validation, rows_are_documents, _ = CORPORA[dataset]
-    if where.startswith('https:'):
-        return where, {'train': from_address(where)}
+    if dataset == 'shakespeare':
+        return where.name, {'train': from_file(where, 'strict')}
     sources = {'train': from_datasets(where, 'train', rows_are_documents, **arguments)}
     if validation:
         sources['val'] = from_datasets(where, validation, rows_are_documents, **arguments)
@@ -429,7 +432,7 @@ def main():
     args = parser.parse_args()
     if args.path == '':
         die('--path must not be empty')
-    name = args.dataset or (Path(args.path).resolve().name.split('.')[0] if args.path else 'python')
+    name = args.dataset or (Path(args.path).resolve().name.split('.')[0] if args.path else 'shakespeare')
     try:
         if args.check_data:
             meta, train, val = load(Path(args.data_dir, name), check_data=True)

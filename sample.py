@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from common import die, load_checkpoint, load_model_file, one_line
-from prepare_data import load_tiktoken
+from prepare_data import die, load_tiktoken
+from train import load_checkpoint, load_model_file, one_line
 
 
 def load_run(out_dir=None, which=None, device='cpu'):

@@ -1,59 +1,76 @@
 """
-Train any model_<name>.py as a causal or a masked language model, on a CPU, a GPU or many GPUs.
+Train any model_<name>.py as a causal or a masked language model, on a CPU, one GPU or many GPUs.
 
-    python train.py --model composite                                       # about three minutes on two CPU cores
+    python train.py --model composite                                       # a few minutes on two CPU cores
     python train.py --model composite --objective masked --dataset wikitext2
-    python train.py --resume --out_dir out/composite-causal-python          # continues that run where it stopped
-    python train.py --eval_only --out_dir out/composite-causal-python       # prints its validation loss, trains nothing
+    python train.py --resume --out_dir out/composite-causal-shakespeare     # continue that run
+    python train.py --eval_only --out_dir out/composite-causal-shakespeare  # print its validation loss, train nothing
     torchrun --standalone --nproc_per_node=8 train.py --model nope --preset gpt2 --dataset fineweb-edu
 
-Every setting is a flag, and so is every field of the model's Config: python train.py --model composite --help.
-Flags win over --config FILE.json, which wins over --preset. With --resume a run's own config.json replaces both.
+Every field of Settings and of the model's Config is a flag: python train.py --model composite --help.
+Flags win over --config FILE.json, which wins over --preset. With --resume, the run's own config.json replaces both.
+
+Above the ruled line is how a model is trained; below it are files, devices, processes and the command line.
 """
+import argparse
+import contextlib
+import csv
 import dataclasses
 import datetime
+import importlib.util
+import inspect
+import io
+import itertools
 import json
 import math
+import os
 import re
+import shlex
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-import common
-from common import RANK, WORLD, any_process, die, log, one_line, say, write
+import prepare_data
+from prepare_data import atomic_write, die
+
+RUN_NAME = '{model}-{objective}-{dataset}'  # of the default folder, in out/
+RANK = int(os.environ.get('RANK', 0))  # index of this process; torchrun sets these three variables
+LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))  # index of this process on its machine
+WORLD = int(os.environ.get('WORLD_SIZE', 1))  # number of processes
 
 
 @dataclasses.dataclass
 class Settings:
     model: str = 'composite'  # trains model_<name>.py
     objective: Literal['causal', 'masked'] = 'causal'  # predict the next token, or the masked tokens
-    dataset: str = 'python'  # a folder of data_dir; prepare_data.py makes it when it is missing
+    dataset: str = 'shakespeare'  # a folder in data_dir; prepare_data.py creates it if it is missing
     data_dir: str = 'data'  # folder of the prepared data sets
-    seed: int = 1  # decides the initial weights and, with the step number, each batch
+    seed: int = 1  # determines the initial weights and, together with the step, each batch
     device: str = 'auto'  # auto (cuda > mps > cpu), cpu, cuda, cuda:N or mps
-    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the products; auto: bfloat16 if GPU or CPU has it
-    compile: Literal['auto', 'on', 'off'] = 'auto'  # auto: on CUDA with Triton; on a CPU short runs do not repay it
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of matmuls; auto: bfloat16 if the hardware supports it
+    compile: Literal['auto', 'on', 'off'] = 'auto'  # torch.compile; auto: on CUDA with Triton
     max_iters: int = 1000  # optimizer steps
     batch_size: int = 24  # sequences per optimizer step, over all processes and micro batches
     micro_batch_size: int = 0  # sequences per forward pass of one process; 0: its whole share of the batch at once
     learning_rate: float = 3e-3  # peak of the schedule
     min_lr: float = 0.0  # learning rate at the end of the cosine
     warmup_iters: int = 100  # steps of linear warm-up
-    weight_decay: float = 0.1  # on parameters of two or more dimensions, kernels of positions too
+    weight_decay: float = 0.1  # on parameters of two or more dimensions, position kernels included
     beta1: float = 0.9  # AdamW: decay of the running mean of the gradient
     beta2: float = 0.95  # AdamW: decay of the running mean of its square
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
-    mask_prob: float = 0.15  # share of each row that the masked objective predicts
-    eval_interval: int = 100  # steps between validations, each with a checkpoint before it
+    mask_prob: float = 0.15  # fraction of each sequence that the masked objective predicts
+    eval_interval: int = 100  # steps between validations; a checkpoint is saved before each
     eval_tokens: int = 65536  # number of validation tokens, the same ones every time
     log_interval: int = 10  # steps between log lines
-    checkpoint_interval: int = 0  # steps between further checkpoints; 0: none
+    checkpoint_interval: int = 0  # steps between additional checkpoints; 0: none
 
 
 PRESETS = {
@@ -75,445 +92,601 @@ PRESETS = {
 
 @dataclasses.dataclass
 class Run:
-    """What stays the same from the first step to the last."""
+    """What the functions below share. The last four fields change from step to step."""
     settings: Settings
     config: Any  # the model's Config
-    meta: dict  # meta.json of the data set
-    train: np.ndarray  # token ids
-    val: np.ndarray
     device: torch.device = torch.device('cpu')
     dtype: torch.dtype = torch.float32
-    peers: Any = None  # gloo group of all processes
+    meta: Any = None  # meta.json of the data set
+    train: Any = None  # token ids, a numpy array
+    val: Any = None
     out: Any = None  # folder of the run
-
-
-@dataclasses.dataclass
-class Progress:
-    """What changes from step to step: all that a checkpoint holds beside weights, optimizer and settings."""
     step: int = 0  # optimizer steps done
-    best: float = math.inf  # lowest validation loss
-    window: list = dataclasses.field(default_factory=list)  # training losses since the last line of log.csv
+    best: float = math.inf  # lowest validation loss, in nats
+    losses: list = dataclasses.field(default_factory=list)  # training losses since the last log line
+    log: list = dataclasses.field(default_factory=list)  # rows of log.csv
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# batches: row r of step i is a function of (seed, i, r) alone, whichever process or micro batch asks for it
+# Batches. Row r of the batch of step i depends on (seed, i, r) only, not on the number of processes or micro batches.
 
-def make_rows(run, data, starts, rngs):
-    """Rows of T tokens at `starts` -> idx (B, T), targets (B, T), None; masked: targets and where are (B, M)."""
+def make_batch(run, ids, starts, rngs):
+    """Sequences of T tokens beginning at `starts` -> idx (B, T), targets (B, T), None.
+
+    Masked objective -> idx (B, T), targets (B, M), masked_positions (B, M). 80 % of the masked positions show [MASK],
+    10 % a random token and 10 % their own token, as in BERT.
+    """
     T = run.config.block_size
-    rows = np.stack([data[i:i + T + 1] for i in starts]).astype(np.int64)  # (B, T+1)
-    idx = rows[:, :T]
+    sequences = np.stack([ids[i:i + T + 1] for i in starts]).astype(np.int64)  # (B, T+1)
+    idx = sequences[:, :T]
     if run.settings.objective == 'causal':
-        return idx, rows[:, 1:].copy(), None
-    M = max(1, round(run.settings.mask_prob * T))  # always the same number, so that shapes never change
-    where = np.stack([np.sort(rng.permutation(T)[:M]) for rng in rngs])
-    targets = np.take_along_axis(idx, where, 1)
-    dice = np.stack([rng.random(M) for rng in rngs])
-    noise = np.stack([rng.integers(run.meta['vocab_size'], size=M) for rng in rngs])
-    shown = np.where(dice < 0.8, run.meta['mask_id'], np.where(dice < 0.9, noise, targets))  # BERT's 80/10/10
-    np.put_along_axis(idx, where, shown, 1)
-    return idx, targets, where
+        return idx, sequences[:, 1:].copy(), None
+    M = max(1, round(run.settings.mask_prob * T))  # the same in every sequence, so that shapes are constant
+    masked_positions = np.stack([np.sort(rng.permutation(T)[:M]) for rng in rngs])  # (B, M)
+    targets = np.take_along_axis(idx, masked_positions, 1)  # (B, M)
+    u = np.stack([rng.random(M) for rng in rngs])
+    random_ids = np.stack([rng.integers(run.meta['vocab_size'], size=M) for rng in rngs])
+    shown = np.where(u < 0.8, run.meta['mask_id'], np.where(u < 0.9, random_ids, targets))
+    np.put_along_axis(idx, masked_positions, shown, 1)
+    return idx, targets, masked_positions
 
 
-def train_rows(run, step, rows):
-    """Some rows of the batch of a step: each process and each micro batch takes its own."""
-    rngs = [np.random.default_rng((run.settings.seed, step, row)) for row in rows]
+def train_batch(run, step, row_ids):
+    """The given rows of the batch of a step, as numpy arrays: see make_batch()."""
+    rngs = [np.random.default_rng((run.settings.seed, step, row)) for row in row_ids]
     starts = [rng.integers(len(run.train) - run.config.block_size) for rng in rngs]
-    return make_rows(run, run.train, starts, rngs)
+    return make_batch(run, run.train, starts, rngs)
 
 
-def val_rows(run, rows, n):
-    """Some of the n fixed rows, spread evenly over the validation set; their masks do not depend on the seed."""
+def val_batch(run, row_ids, n):
+    """The given rows of n fixed sequences, which are spread evenly over the validation set: see make_batch()."""
     starts = np.linspace(0, len(run.val) - run.config.block_size - 1, n).astype(int)
-    rngs = [np.random.default_rng((2 ** 32, row)) for row in rows]
-    return make_rows(run, run.val, starts[rows], rngs)
+    rngs = [np.random.default_rng((2 ** 32, row)) for row in row_ids]  # the masks do not depend on the seed
+    return make_batch(run, run.val, starts[list(row_ids)], rngs)
 
 
 def batch_share(settings):
-    """-> sequences of one process in a batch, and in one forward pass."""
+    """-> sequences of one process per optimizer step, and per forward pass."""
     share = settings.batch_size // WORLD
     return share, min(settings.micro_batch_size or share, share)
 
 
-def on_device(run, rows):
-    """(idx, targets, where) as tensors; to a GPU from pinned memory, by copies that nobody waits for."""
-    def put(a):
-        x = torch.from_numpy(a)
-        return x.pin_memory().to(run.device, non_blocking=True) if run.device.type == 'cuda' else x.to(run.device)
-    return [None if a is None else put(a) for a in rows]
+def to_device(run, batch):
+    """(idx, targets, masked_positions) as tensors on the device."""
+    return [None if array is None else torch.from_numpy(array).to(run.device) for array in batch]
 
 
 def micro_batches(run, step):
-    """All that this process needs of the batch of a step: a list of (idx, targets, where) on the device."""
+    """This process's share of the batch of a step: a list of (idx, targets, masked_positions) on the device."""
     share, micro = batch_share(run.settings)
     first = RANK * share
-    return [on_device(run, train_rows(run, step, range(i, i + micro))) for i in range(first, first + share, micro)]
+    return [to_device(run, train_batch(run, step, range(i, i + micro))) for i in range(first, first + share, micro)]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# one step, and validation
 
 def lr_at(step, settings):
-    """Linear warm-up, then a cosine from learning_rate to min_lr."""
+    """Learning rate of a step (0 is the first): linear warm-up, then a cosine from learning_rate to min_lr."""
     if step < settings.warmup_iters:
         return settings.learning_rate * (step + 1) / settings.warmup_iters
     t = (step - settings.warmup_iters) / max(1, settings.max_iters - settings.warmup_iters)
     return settings.min_lr + (settings.learning_rate - settings.min_lr) * (1 + math.cos(math.pi * min(t, 1))) / 2
 
 
-def reseed(settings, step):
-    """What a step draws (dropout) depends on (seed, step, process) alone. 32 bits: a CPU generator reads no more."""
-    torch.manual_seed(int(np.random.SeedSequence((settings.seed, step, RANK)).generate_state(1)[0]))
-
-
-def forward(run, model, rows):
-    """Mean loss in nats of rows = (idx, targets, where) on the device."""
-    idx, targets, where = rows
+def batch_loss(run, model, batch):
+    """Mean loss in nats per predicted token. batch: (idx, targets, masked_positions) on the device."""
+    idx, targets, masked_positions = batch
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
-        return model(idx, targets, where=where)[1]
+        return model(idx, targets, where=masked_positions)[1]
 
 
 def train_step(run, ddp, optimizer, step, batches):
-    """Forward, backward, update -> (2,) loss and gradient norm, still on the device: reading them would wait for it."""
+    """Forward, backward and update -> loss of this process and gradient norm, as tensors on the device."""
     settings = run.settings
-    reseed(settings, step)
+    # dropout depends on (seed, step, process) only, so that a resumed run draws the same masks
+    torch.manual_seed(int(np.random.SeedSequence((settings.seed, step, RANK)).generate_state(1)[0]))
     for group in optimizer.param_groups:
         group['lr'] = lr_at(step, settings)
     total = 0.0
-    for i, rows in enumerate(batches, 1):
+    for i, batch in enumerate(batches, 1):
         if WORLD > 1:
-            ddp.require_backward_grad_sync = i == len(batches)  # exchange gradients once, after the last micro batch
-        loss = forward(run, ddp, rows) * (1 / len(batches))
+            ddp.require_backward_grad_sync = i == len(batches)  # all-reduce once, after the last micro batch
+        loss = batch_loss(run, ddp, batch) / len(batches)
         loss.backward()
         total = total + loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), settings.grad_clip or math.inf)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.stack((total, norm))
+    return total, norm
+
+
+def average(run, values):
+    """Mean over all processes -> list of floats."""
+    values = torch.tensor([float(x) for x in values], dtype=torch.float64)
+    if WORLD > 1:
+        values = values.to(run.device)
+        dist.all_reduce(values)
+    return (values / WORLD).tolist()
 
 
 @torch.no_grad()
 def evaluate(run, model):
-    """Mean loss in nats of the fixed validation rows, divided among the processes."""
+    """Mean loss in nats per predicted token over the fixed validation sequences, which the processes share."""
     T = run.config.block_size
     n = min(max(1, run.settings.eval_tokens // T), (len(run.val) - 1) // T)
     micro = batch_share(run.settings)[1]
-    total = torch.zeros(2, dtype=torch.float64)  # sum of the losses, number of predictions
+    total = count = 0.0  # sum of losses, number of predictions
     model.eval()
     for first in range(RANK * micro, n, WORLD * micro):
-        numbers = np.arange(first, first + micro)
-        rows = val_rows(run, np.minimum(numbers, n - 1), n)
-        rows[1][numbers >= n] = -1  # no targets in the rows that only fill the last batch
-        count = (rows[1] >= 0).sum()
-        total += torch.tensor((forward(run, model, on_device(run, rows)).item() * count, count))
+        batch = to_device(run, val_batch(run, range(first, min(first + micro, n)), n))
+        total += batch_loss(run, model, batch).item() * batch[1].numel()
+        count += batch[1].numel()
     model.train()
-    if WORLD > 1:
-        total = total.to(run.device)
-        dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+    total, count = average(run, (total, count))
+    return total / count
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the loop
+def validation_due(settings, step):
+    return step % settings.eval_interval == 0 or step >= settings.max_iters
 
-def training_loop(run, model, ddp, optimizer, progress, validate_first):
-    """Up to max_iters steps: checkpoint and validation where they are due, then batch, update, log line."""
+
+def training_loop(run, model, ddp, optimizer):
+    """Train until max_iters steps are done or a signal comes -> exit code of the program, 0 or 128 + the signal."""
     settings = run.settings
-    first = progress.step
-    pending = []  # losses and gradient norms that are still on the device
-    top_speed = speed_at_peak(run, model)
-    signals = common.catch_signals()
-    last_line = first, time.time()  # step and time of the last line
-    timed_from = None  # the same after the first step, which compiles: it is no measure of the rest
+    first = run.step
+    signals = []
+    handle_signals(signals)  # the loop looks at them between steps
+    timed_from = first, time.time()
     batches = micro_batches(run, first)
+    stop = False
     while True:
-        step = progress.step
-        stop = any_process(bool(signals), run.peers)
-        done = step >= settings.max_iters
-        validation_due = done or step % settings.eval_interval == 0 or (validate_first and step == first)
-        checkpoint_due = settings.checkpoint_interval and step % settings.checkpoint_interval == 0
-        if validation_due or checkpoint_due or stop:
-            fetch_losses(run, progress, pending)
-            save(run, progress, model, optimizer, 'ckpt_last.pt')  # before validation: if that fails, no step is lost
+        step = run.step
+        # The first checkpoint and validation come before the first step: a full disk or too little memory for a
+        # validation then ends the run at once and not after an hour. It also logs the loss of the untrained model.
+        save_due = settings.checkpoint_interval and step % settings.checkpoint_interval == 0
+        if stop or save_due or validation_due(settings, step):
+            save(run, model, optimizer, 'ckpt_last.pt')  # before validation: if that fails, no step is lost
         if stop:
-            any_process(False, run.peers)  # nobody exits before the checkpoint is there: torchrun would kill its writer
-            launcher = 'python' if WORLD == 1 else 'torchrun ...'
-            say(f'stopped after step {step}, saved. To go on: {launcher} train.py --resume '
-                f'--out_dir {common.quoted(run.out)}')
-            sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
-        if validation_due:
-            validate(run, progress, model, optimizer, again=validate_first and step == first)
-            last_line = step, time.time()  # validation is not part of the time per step
-        if done:
-            return
-        pending.append(train_step(run, ddp, optimizer, step, batches))
-        progress.step += 1
-        batches = micro_batches(run, progress.step)  # made while a GPU works on this step; below we may wait for it
+            return 128 + (signals[0] if signals else signal.SIGTERM)
+        if validation_due(settings, step):
+            validate(run, model, optimizer)
+            timed_from = step, time.time()  # validation does not count as training time
+        if step >= settings.max_iters:
+            return 0
 
-        if step == first or progress.step % settings.log_interval == 0:
-            norm = fetch_losses(run, progress, pending)
-            last_line = log_step(run, progress, norm, last_line, timed_from or last_line, top_speed)
-            timed_from = timed_from or last_line
-
-
-def fetch_losses(run, progress, pending):
-    """Move pending losses from the device to progress.window -> the last gradient norm. One not finite ends the run."""
-    if not pending:
-        return None
-    values = torch.stack(pending)  # (steps, 2)
-    if WORLD > 1:
-        dist.all_reduce(values)
-    values = (values / WORLD).tolist()
-    for step, (loss, norm) in enumerate(values, progress.step - len(values) + 1):
+        loss, norm = train_step(run, ddp, optimizer, step, batches)
+        run.step += 1
+        batches = micro_batches(run, run.step)  # prepared while a GPU is still busy with this step
+        loss, norm, stop = average(run, (loss, norm, bool(signals)))  # all processes stop when one gets a signal
         if not math.isfinite(loss + norm):
-            if RANK:
-                sys.exit(1)  # process 0 says it
-            die(f'loss {loss}, gradient norm {norm} at step {step}; {run.out / "ckpt_last.pt"} is the last good '
-                'checkpoint. Try a lower --learning_rate, a longer --warmup_iters, --grad_clip, or --dtype float32', 1)
-        progress.window.append(loss)
-    pending.clear()
-    return norm
+            die(f'loss {loss}, gradient norm {norm} at step {run.step}; {run.out / "ckpt_last.pt"} is the last '
+                'good checkpoint. Try a lower --learning_rate, a longer --warmup_iters or --grad_clip', 1)
+        run.losses.append(loss)
+        log_due = run.step % settings.log_interval == 0
+        if log_due:
+            log_step(run, norm, timed_from)
+        if log_due or step == first:  # the first step is not timed: it includes compilation
+            timed_from = run.step, time.time()
 
 
-def validate(run, progress, model, optimizer, again=False):
-    """Print and log the validation loss; save the checkpoint if it is the best so far. again: it has a row already."""
-    step, end = progress.step, run.settings.max_iters
-    loss = evaluate(run, model)
-    best = loss < progress.best and (step > 0 or end == 0)  # an untrained model is not the best
-    say(f'step {step:5d}/{end}  val loss {describe(run, loss)}{"  (best)" if best else ""}')
-    log(run, again, step=step, val_loss=loss, bits_per_byte=bits_per_byte(run, loss))
-    if best:
-        progress.best = loss
-        save(run, progress, model, optimizer, 'ckpt_best.pt')
-
-
-def log_step(run, progress, norm, last_line, timed_from, top_speed):
-    """Print the line of a step; every log_interval steps it goes to log.csv too -> its step and time."""
-    settings, step, now = run.settings, progress.step, time.time()
-    loss = sum(progress.window) / len(progress.window)
-    lr = lr_at(step - 1, settings)
-    ms = (now - last_line[1]) / (step - last_line[0]) * 1e3
+def log_step(run, norm, timed_from):
+    """Print and log the steps since the last log line. A new metric is one more argument of log()."""
+    settings, step = run.settings, run.step
+    loss = sum(run.losses) / len(run.losses)
+    run.losses.clear()
+    lr = lr_at(step - 1, settings)  # of the step just done
+    ms = (time.time() - timed_from[1]) / (step - timed_from[0]) * 1e3
     speed = settings.batch_size * run.config.block_size / ms * 1e3
-    mfu = f'  MFU {speed / top_speed:.0%}' if top_speed else ''
-    left = (now - timed_from[1]) / (step - timed_from[0]) * (settings.max_iters - step)
-    say(f'step {step:5d}/{settings.max_iters}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  {ms:.1f} ms  '
-        f'{speed:,.0f} tokens/s{mfu}  {datetime.timedelta(seconds=round(left))} left')
-    if step % settings.log_interval == 0:
-        log(run, step=step, train_loss=loss, lr=lr, grad_norm=norm, ms=ms, tokens_per_s=speed)
-        progress.window.clear()
-    return step, now
+    left = datetime.timedelta(seconds=round(ms / 1e3 * (settings.max_iters - step)))
+    print0(f'step {step:5d}/{settings.max_iters}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  {ms:.1f} ms  '
+           f'{speed:,.0f} tokens/s  {left} left')
+    log(run, step=step, train_loss=loss, lr=lr, grad_norm=norm, ms=ms, tokens_per_s=speed)
 
 
-def save(run, progress, model, optimizer, name):
-    """Tensors and plain values only, so that weights_only=True can load them."""
-    if RANK == 0:
-        values = dict(**dataclasses.asdict(progress), config=dataclasses.asdict(run.config),
-                      settings=dataclasses.asdict(run.settings), meta=run.meta,
-                      model=model.state_dict(), optimizer=optimizer.state_dict())
-        write(run.out / name, lambda f: torch.save(values, f))
+def validate(run, model, optimizer):
+    """Print and log the validation loss; save ckpt_best.pt if it is the lowest so far. A new metric: see log_step()."""
+    step, end = run.step, run.settings.max_iters
+    loss = evaluate(run, model)
+    best = loss < run.best and (step > 0 or end == 0)  # an untrained model is not the best
+    print0(f'step {step:5d}/{end}  val loss {describe(run, loss)}{"  (best)" if best else ""}')
+    log(run, step=step, val_loss=loss, bits_per_byte=bits_per_byte(run, loss))
+    if best:
+        run.best = loss
+        save(run, model, optimizer, 'ckpt_best.pt')
+
+
+def bits_per_byte(run, loss):
+    """Nats per token -> bits per byte of text."""
+    return loss / math.log(2) * run.meta['val_tokens'] / run.meta['val_bytes']
+
+
+def describe(run, loss):
+    return (f'{loss:.4f} nats per {"masked " * (run.settings.objective == "masked")}token, '
+            f'{bits_per_byte(run, loss):.4f} bits per byte, perplexity {math.exp(min(loss, 99)):.2f}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a run from start to end
+FILES = ('config.json', 'log.csv', 'loss.png', 'ckpt_last.pt', 'ckpt_best.pt')
 
-def main():
-    common.exit_on_signals()
-    sys.stdout.reconfigure(errors='backslashreplace')  # a name of a file need not be text
-    settings, module, config, flags = resolve(sys.argv[1:])
-    device, dtype, compiled = common.choose_device(settings)
-    peers = common.join_processes(device)
-    run = Run(settings, config, *common.load_data(settings, peers), device, dtype, peers)
-    fit_to_data(run)
-    model, ddp, optimizer = build(run, module, compiled)
-    run.out, checkpoint = common.open_run(settings, flags, peers)
-    progress = restore(run, checkpoint, model, optimizer) if checkpoint else Progress()
-    if flags.eval_only:
-        loss = evaluate(run, model)
-        say(f'{run.out}, step {progress.step}, {settings.dataset}: val loss {describe(run, loss)}')
-    else:
-        validate_first = common.start_log(run, progress.step)
-        introduce(run, model, module)
-        training_loop(run, model, ddp, optimizer, progress, validate_first)
-        common.exit_on_signals()
-        common.plot(run.out)
-        conclude(run, progress, new_instead_of_resumed=flags.resume and not checkpoint)
-    if WORLD > 1:
-        dist.destroy_process_group()
+
+def print0(line):
+    """Print a line on process 0, unless the terminal or pipe has been closed. File names can hold any bytes."""
+    if RANK == 0:
+        with contextlib.suppress(OSError):
+            print(line.encode(errors='backslashreplace').decode(), flush=True)
+
+
+def one_line(error):
+    """The beginning of an error message, in one line."""
+    return ' '.join(str(error).split())[:200]
+
+
+def open_folder(settings, flags):
+    """Create and lock the folder of a run -> its path, and the lock. Refuses a folder that holds another run."""
+    for n in itertools.count(1):
+        out = Path(flags.out_dir or 'out/' + RUN_NAME.format(**vars(settings)) + f'-{n}' * (n > 1))
+        try:
+            out.mkdir(parents=True, exist_ok=flags.out_dir is not None)
+            break
+        except FileExistsError:  # without --out_dir the next number is tried
+            if flags.out_dir:
+                die(f'--out_dir {out} is a file; it must be a folder, or the name of a new folder')
+    lock = open(out / '.lock', 'w')
+    try:
+        import fcntl
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system removes it when the process ends or is killed
+    except BlockingIOError:
+        die(f'another run is writing to {out}: wait for it, or choose another --out_dir')
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks
+    if flags.overwrite:
+        for file in FILES:
+            (out / file).unlink(missing_ok=True)
+    elif not flags.resume and any((out / file).exists() for file in FILES):
+        die(f'{out} holds a run: add --resume to continue it, --overwrite to delete it, or choose another --out_dir')
+    return out, lock
+
+
+def save(run, model, optimizer, name):
+    """Write a checkpoint: tensors and plain values only, for weights_only=True. Process 0 only."""
+    if RANK == 0:
+        values = dict(step=run.step, best=run.best, losses=run.losses, meta=run.meta, settings=vars(run.settings),
+                      config=vars(run.config), model=model.state_dict(), optimizer=optimizer.state_dict())
+        buffer = io.BytesIO()  # torch.save into the file itself would hide that a disk is full
+        torch.save(values, buffer)
+        atomic_write(run.out / name, lambda f: f.write(buffer.getbuffer()))
+
+
+def load_checkpoint(path):
+    """-> the dict that save() wrote. Exits with code 2 if the file is missing, damaged or something else."""
+    try:
+        if zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
+            raise ValueError('wrong checksum')
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if not {'step', 'best', 'losses', 'settings', 'config', 'meta', 'model'} <= set(checkpoint):
+            raise ValueError('fields are missing')
+        return checkpoint
+    except Exception as e:  # zip, pickle and torch raise many kinds of errors for a damaged file
+        die(f'{path} is damaged, or not a checkpoint of train.py: {type(e).__name__} {one_line(e)}')
+
+
+def restore(run, checkpoint, model, optimizer):
+    """Load a checkpoint into run, model and optimizer. Prints changed settings, refuses another architecture."""
+    try:
+        old = dict(checkpoint['settings'], **checkpoint['config'], tokenizer=checkpoint['meta']['tokenizer'])
+        new = dict(vars(run.settings), **vars(run.config), tokenizer=run.meta['tokenizer'])
+        for name in [name for name in new if old[name] != new[name]]:
+            if name in ('objective', 'tokenizer', *vars(run.config)):
+                die(f'cannot change {name}: it is {old[name]} in {run.out}, not {new[name]}')
+            print0(f'changed on resume: {name} {old[name]} -> {new[name]}')
+        for group, present in zip(checkpoint['optimizer']['param_groups'], optimizer.state_dict()['param_groups']):
+            group.update(present, params=group['params'])  # the betas and weight decay of this run
+        model.load_state_dict(checkpoint['model'])
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        run.step, run.losses = checkpoint['step'], checkpoint['losses']
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
+        die(f'the checkpoint in {run.out} does not fit model_{run.settings.model}.py as it is now: {one_line(e)}')
+
+
+def best_loss(run):
+    """The loss of ckpt_best.pt; infinity if there is none, or if it was measured on other data or in another way."""
+    if not (run.out / 'ckpt_best.pt').exists():
+        return math.inf
+    old = load_checkpoint(run.out / 'ckpt_best.pt')
+    same = [old['settings'].get(name) == getattr(run.settings, name) for name in ('eval_tokens', 'mask_prob')]
+    if all(same) and old['meta'].get('sha256') == run.meta['sha256']:
+        return old['best']
+    print0(f'the data, eval_tokens or mask_prob have changed: the best loss, {old["best"]:.4f}, starts anew')
+    return math.inf
+
+
+def start_log(run):
+    """Read log.csv up to the step of the checkpoint, without a validation at it if the loop will repeat that."""
+    path = run.out / 'log.csv'
+    if path.exists():
+        with open(path, newline='', encoding='utf-8') as f:
+            rows = [row for row in csv.DictReader(f) if int(row['step']) <= run.step]
+        repeated = validation_due(run.settings, run.step)
+        run.log = [row for row in rows if not (repeated and row.get('val_loss') and int(row['step']) == run.step)]
+
+
+def log(run, **row):
+    """Add a row to log.csv. Its columns are the names that occur in any row."""
+    run.log.append({name: f'{value:.6g}' if isinstance(value, float) else value for name, value in row.items()})
+    if RANK == 0:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in run.log for name in row)))
+        writer.writeheader()
+        writer.writerows(run.log)
+        atomic_write(run.out / 'log.csv', lambda f: f.write(text.getvalue().encode()))
+
+
+def plot(run):
+    """Draw the losses of log.csv into loss.png."""
+    from matplotlib.figure import Figure  # without pyplot: a notebook keeps its own backend
+    ax = Figure(figsize=(7, 4)).subplots()
+    for name in ('train_loss', 'val_loss'):
+        rows = [row for row in run.log if row.get(name)]
+        ax.plot([int(row['step']) for row in rows], [float(row[name]) for row in rows], label=name)
+    ax.set(xlabel='step', ylabel='loss (nats per token)', title=run.out.name)
+    ax.legend()
+    atomic_write(run.out / 'loss.png', lambda f: ax.figure.savefig(f, format='png', dpi=120))
+
+
+def handle_signals(signals=None):
+    """Append the signals that come to a list, or without a list exit at once, which removes unfinished files."""
+    hangup = getattr(signal, 'SIGHUP', None)  # Windows does not have it
+
+    def on_signal(number, _):
+        if signals is None:
+            sys.exit(128 + number)
+        # A second signal exits at once; but a closing terminal can send two hangups, and torchrun repeats a Ctrl-C.
+        if signals and number != hangup and WORLD == 1:
+            os._exit(128 + number)
+        signals.append(number)
+    for number in (signal.SIGINT, signal.SIGTERM, hangup):
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, on_signal)
+
+
+def choose_device(settings):
+    """-> torch.device, dtype of matmuls, whether to compile. Prints each choice."""
+    cuda = torch.cuda.is_available()
+    best = f'cuda:{LOCAL_RANK}' if cuda else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(best if settings.device in ('auto', best.split(':')[0]) else settings.device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as e:
+        die(f'--device {settings.device} is not available here; auto would be {best}. {one_line(e)}')
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TF32
+    bf16 = settings.dtype == 'bfloat16' or (settings.dtype == 'auto' and multiplies_bf16(device))
+    triton = device.type == 'cuda' and importlib.util.find_spec('triton') is not None
+    compiled = settings.compile == 'on' or (settings.compile == 'auto' and triton)
+    print0(f'device {device} x {WORLD} ({torch.get_num_threads()} CPU threads), {"bfloat16" if bf16 else "float32"}, '
+           f'compile {"on" if compiled else "off"}')
+    return device, torch.bfloat16 if bf16 else torch.float32, compiled
+
+
+def multiplies_bf16(device):
+    """Whether the hardware multiplies bfloat16: CUDA from Ampere on, x86 with AVX512-BF16 or AMX. Arm: not measured."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == 'cpu' and any(torch.cpu.get_capabilities().get(x) for x in ('avx512_bf16', 'amx_bf16'))
+
+
+def make_parser(**kw):
+    """argparse with errors of one line, and the flags that are not settings."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kw)
+    parser.error = lambda message: die(f'{message} (see python train.py --help)')
+    parser.add_argument('--preset', choices=list(PRESETS), default='tiny', help='a set of values (default tiny)')
+    parser.add_argument('--config', metavar='FILE', help='settings that an earlier run wrote (its config.json)')
+    parser.add_argument('--out_dir', help='default out/<model>-<objective>-<dataset>, with -2, -3, ... if it exists')
+    parser.add_argument('--resume', action='store_true', help='continue --out_dir, or the newest run of its kind')
+    parser.add_argument('--overwrite', action='store_true', help='delete the run in --out_dir')
+    parser.add_argument('--eval_only', action='store_true', help='print the best loss of --out_dir, or of the newest')
+    return parser
+
+
+def add_fields(parser, cls):
+    """Add a flag for each field. The comment after a field is its help, as in `seed: int = 1  # this text`."""
+    notes = dict(re.findall(r'^    (\w+):.*?  # (.*)$', inspect.getsource(cls), re.M))
+    for field in dataclasses.fields(cls):
+        options = dict(type=field.type)
+        if field.type is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        if get_origin(field.type) is Literal:
+            options = dict(choices=get_args(field.type))
+        note = notes.get(field.name, '').replace('%', '%%')
+        parser.add_argument(f'--{field.name}', default=field.default, help=f'{note} (default %(default)r)', **options)
+
+
+def load_model_file(name):
+    """Import model_<name>.py from the folder of train.py or from baselines/. Exits with code 2 if there is none."""
+    here = Path(__file__).resolve().parent
+    found = {path.stem[6:]: path for folder in (here / 'baselines', here) for path in sorted(folder.glob('model_*.py'))}
+    if str(name) not in found:
+        die(f'there is no model_{name}.py; --model may be {", ".join(found)}')
+    sys.path.insert(0, str(found[name].parent))
+    return importlib.import_module(f'model_{name}')
+
+
+def read_config(path):
+    """-> the dict of settings in a JSON file."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding='utf-8')).items())
+    except (OSError, ValueError, RecursionError, AttributeError) as e:
+        die(f'{path} cannot be read; it must hold a JSON object of settings: {one_line(e)}')
+
+
+def as_flags(values):
+    """A dict of settings as command-line flags, so that the parser checks them, too."""
+    return [f'--no-{k}' if v is False else f'--{k}' if v is True else f'--{k}={v}' for k, v in values.items()]
+
+
+def find_run(flags, name):
+    """The folder to resume: --out_dir, else the one of out/<name>, out/<name>-2, ... with the newest checkpoint."""
+    runs = [path for path in Path('out').glob('*/ckpt_last.pt')
+            if re.fullmatch(rf'{re.escape(name)}(-\d+)?', path.parent.name)]
+    newest = max(runs, key=os.path.getmtime).parent if runs else Path('out', name)
+    out_dir = Path(flags.out_dir or newest)
+    if not (out_dir / 'ckpt_last.pt').exists():
+        if flags.eval_only:
+            die(f'--eval_only found no checkpoint in {out_dir}: name a run with --out_dir')
+        print0(f'note: --resume found no checkpoint in {out_dir}: this is a new run from step 0')
+    return str(out_dir)
 
 
 def resolve(argv):
-    """Command line -> Settings, the model file, its Config, and all flags as argparse has them."""
-    parser = common.Parser(__doc__)
-    parser.add_argument('--preset', choices=list(PRESETS), help='a set of values (default tiny)')
-    parser.add_argument('--config', metavar='FILE', help='settings that an earlier run wrote (its config.json)')
-    parser.add_argument('--out_dir', help='default out/<model>-<objective>-<dataset>, numbered -2, -3, ... when taken')
-    parser.add_argument('--resume', action='store_true', help='go on with --out_dir, or the newest run of its kind')
-    parser.add_argument('--overwrite', action='store_true', help='delete the run that --out_dir holds')
-    parser.add_argument('--eval_only', action='store_true', help='print the best loss of --out_dir, or of the newest')
-    parser.add_fields(Settings, 'training')
-    asked = parser.parse_known_args(argv)[0]  # which preset and file
+    """Command line -> Settings, the model file, its Config, and all flags as argparse returns them."""
+    # 1. Which preset, file or run do the flags change (`base`), and which model is it?
+    parser = make_parser(add_help=False)
+    for name in ('model', 'objective', 'dataset'):
+        parser.add_argument(f'--{name}', default=argparse.SUPPRESS)
+    asked = parser.parse_known_args(argv)[0]
     if asked.overwrite and (asked.resume or asked.eval_only or not asked.out_dir):
         die('--overwrite needs --out_dir, and excludes --resume and --eval_only')
-    preset = common.as_flags(PRESETS[asked.preset or 'tiny'])
-    file = common.read_config(asked.config) if asked.config else {}
-    first = parser.parse_known_args([*preset, *common.as_flags(file), *argv])[0]  # which model and run
-    out_dir = first.out_dir
-    if first.resume or first.eval_only:
-        name = f'{first.model}-{first.objective}-{first.dataset}'
-        out_dir = out_dir or common.newest_run(name)
-        if not (out_dir and Path(out_dir, 'ckpt_last.pt').exists()):
-            missing = f'found no checkpoint in {out_dir or Path("out", name)}'
-            if first.eval_only:
-                die(f'--eval_only {missing}: name a run with --out_dir')
-            say(f'note: --resume {missing}: this is a new run from step 0')
-        if out_dir and Path(out_dir, 'config.json').exists():
-            if asked.config or asked.preset:
-                say(f'note: {Path(out_dir, "config.json")} replaces --config and --preset')
-            preset, file = [], common.read_config(Path(out_dir, 'config.json'))
-            first = parser.parse_known_args([*common.as_flags(file), *argv])[0]
-            if first.model != file.get('model'):
-                die(f'cannot change model: it is {file.get("model")} in {out_dir}, not {first.model}')
-    else:
-        file.pop('vocab_size', None)  # the data decides it
-    if first.objective != file.get('objective', first.objective):
-        file.pop('causal', None)  # the objective decides it
-    module = common.load_model_file(first.model)
-    common.drop_other_scheme(file, first.model)
-    parser.add_argument('-h', '--help', action='help', help='show this and exit')
-    parser.add_fields(module.Config, f'model_{first.model}.py')
-    parser.set_defaults(vocab_size=0, causal=first.objective == 'causal')  # 0: as many as the data needs
-    flags = parser.parse_args([*preset, *common.as_flags(file), *argv])
-    flags.out_dir = out_dir
-    check(flags)
+    base = dict(PRESETS[asked.preset], **(read_config(asked.config) if asked.config else {}))
+    base.pop('vocab_size', None)  # the data determines it
+    chosen = {**vars(Settings()), **base, **vars(asked)}
+    if asked.resume or asked.eval_only:
+        asked.out_dir = find_run(asked, RUN_NAME.format(**chosen))
+        path = Path(asked.out_dir, 'config.json')
+        if path.exists():
+            base = read_config(path)
+            chosen = {**vars(Settings()), **base, **vars(asked)}
+            if chosen['model'] != base.get('model'):
+                die(f'cannot change model: it is {base.get("model")} in {path}, not {chosen["model"]}')
 
-    def pick(cls):
-        return cls(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(cls)})
-    return pick(Settings), module, pick(module.Config), flags
+    # 2. The defaults of that model.
+    module = load_model_file(chosen['model'])
+    parser = make_parser(description=__doc__)
+    add_fields(parser, Settings)
+    add_fields(parser, module.Config)
+    parser.set_defaults(vocab_size=0, causal=chosen['objective'] == 'causal')  # 0: what the data needs
+    if chosen['objective'] != base.get('objective', chosen['objective']):
+        base.pop('causal', None)  # the objective determines it
+
+    # 3. One strict parse.
+    flags = parser.parse_args([*as_flags(base), *argv])
+    vars(flags).update(vars(asked))  # out_dir, resume, ... are not settings: a file does not decide them
+    check_values(flags)
+    settings, config = [cls(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(cls)})
+                        for cls in (Settings, module.Config)]
+    return settings, module, config, flags
 
 
-def check(flags):
-    """Refuse numbers that make no sense, before anything is made. A scheme checks its own fields itself."""
-    common.check_numbers(flags, vars(Settings()))
-    if not re.fullmatch(r'[\w.-]*\w[\w.-]*', flags.dataset):
-        die(f'--dataset names a folder: letters, digits, dots, dashes and underscores only, not {flags.dataset!r}')
+def check_values(flags):
+    """Refuse values that make no sense, before anything is created. A model file checks the fields of its scheme."""
+    positive = 'batch_size eval_interval eval_tokens log_interval mask_prob block_size n_layer n_head n_embd'.split()
+    limits = dict(mask_prob=1, dropout=0.9999, beta1=0.9999, beta2=0.9999)
+    for name in (*vars(Settings()), *positive, 'vocab_size', 'init_std', 'dropout'):
+        value, highest = getattr(flags, name), limits.get(name, 2 ** 31)
+        if isinstance(value, str) or 0 < value <= highest or (value == 0 and name not in positive):
+            continue
+        die(f'--{name} must be {"above" if name in positive else "at least"} 0 and at most {highest}, not {value}')
     if flags.objective == 'causal' and not flags.causal:
-        die('--objective causal needs --causal: without the mask the model reads the answer')
-    if flags.batch_size % WORLD:
-        die(f'--batch_size must be a multiple of the {WORLD} processes, not {flags.batch_size}')
+        die('--objective causal needs --causal: without the mask the model sees the token it predicts')
     share, micro = batch_share(flags)
-    if share % micro:
-        die(f'--micro_batch_size must divide the {share} sequences of each process, not {micro}')
+    if flags.batch_size % WORLD or share % micro:
+        die(f'--batch_size must be a multiple of --micro_batch_size times the {WORLD} processes')
 
 
-def fit_to_data(run):
-    """Set the size of the vocabulary; refuse a model that the data set does not fit."""
-    config, dataset = run.config, run.settings.dataset
-    need = run.meta['mask_id'] + 1
+def load_data(run):
+    """Read the data set, which is prepared first if it is missing. Refuse a model that does not fit it."""
+    settings, config = run.settings, run.config
+    folder = Path(settings.data_dir, settings.dataset)
+    if LOCAL_RANK == 0 and not (folder / 'meta.json').exists():
+        prepare_data.prepare(settings.dataset, data_dir=settings.data_dir)
+    while not (folder / 'meta.json').exists():
+        time.sleep(1)  # another process is preparing it
+    run.meta, run.train, run.val = prepare_data.load(folder)
+    needed = run.meta['mask_id'] + 1
+    config.vocab_size = config.vocab_size or math.ceil(needed / 64) * 64
+    if config.vocab_size < needed:
+        die(f'--vocab_size must be at least {needed} for {settings.dataset}, not {config.vocab_size}')
     shorter = min(len(run.train), len(run.val))
-    config.vocab_size = config.vocab_size or math.ceil(need / 64) * 64
-    if config.vocab_size < need:
-        die(f'--vocab_size must be at least {need} for {dataset}, not {config.vocab_size}; or choose another --dataset')
-    if shorter <= config.block_size:
-        die(f'--block_size must be under {shorter}, the tokens in train or val, not {config.block_size}')
+    if config.block_size >= shorter:
+        die(f'--block_size must be less than {shorter}, the tokens in the training or validation data')
 
 
 def build(run, module, compiled):
-    """-> the model, the same for training by several processes, and the optimizer."""
+    """-> the model, the same model wrapped for several processes, and the optimizer."""
     settings, cuda = run.settings, run.device.type == 'cuda'
     torch.manual_seed(settings.seed)
     try:
         model = ddp = module.Model(run.config).to(run.device)
     except ValueError as e:
-        die(f'{e} ({common.place(e)})')
-    if compiled:
-        model.compile(dynamic=False)  # called by DDP, it is cut where a bucket of gradients can be sent off early
+        die(f'model_{settings.model}.py: {one_line(e)}')
+    choice = module.choose_attention(model, run.dtype) if hasattr(module, 'choose_attention') else None
+    if choice:
+        print0(choice)
+    if compiled:  # changes only model(...): what is saved has the names of the uncompiled module
+        model.compile(dynamic=False)  # under DDP split at gradient buckets: communication overlaps with backward
     if WORLD > 1:
         ddp = torch.nn.parallel.DistributedDataParallel(model, device_ids=[run.device.index] if cuda else None)
     matrices = dict(params=[p for p in model.parameters() if p.dim() >= 2], weight_decay=settings.weight_decay)
     vectors = dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)
-    optimizer = torch.optim.AdamW([matrices, vectors], betas=(settings.beta1, settings.beta2), fused=cuda)
+    optimizer = torch.optim.AdamW([matrices, vectors], betas=(settings.beta1, settings.beta2), fused=True)
     return model, ddp, optimizer
 
 
-def restore(run, checkpoint, model, optimizer):
-    """Put a checkpoint into model and optimizer; say which settings have changed, refuse another architecture."""
-    if checkpoint['meta']['tokenizer'] != run.meta['tokenizer']:
-        die(f'{run.settings.dataset} has the tokenizer {run.meta["tokenizer"]}, the run in {run.out} has another one')
-    for name, old in {'objective': checkpoint['settings']['objective'], **checkpoint['config']}.items():
-        new = getattr(run.settings, name, getattr(run.config, name, None))
-        if new != old:
-            die(f'cannot change {name}: it is {old} in {run.out}, not {new}')
-    for name, old in checkpoint['settings'].items():
-        if getattr(run.settings, name, None) != old:
-            say(f'changed on resume: {name} {old} -> {getattr(run.settings, name, None)}')
-    if checkpoint['meta']['sha256'] != run.meta['sha256']:
-        say(f'changed on resume: the tokens of {run.settings.dataset}')
-    try:
-        for old, new in zip(checkpoint['optimizer']['param_groups'], optimizer.state_dict()['param_groups']):
-            old.update(new, params=old['params'])  # this run's betas, weight decay and device, not the checkpoint's
-        model.load_state_dict(checkpoint['model'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        for p, state in optimizer.state.items():
-            if state['step'].numel() != 1 or not state['exp_avg'].shape == state['exp_avg_sq'].shape == p.shape:
-                raise ValueError('its optimizer has other shapes')
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
-        die(f'the checkpoint in {run.out} does not fit model_{run.settings.model}.py as it is now: {one_line(e)}')
-    return Progress(checkpoint['step'], checkpoint['best'], checkpoint['window'])
+def main():
+    handle_signals()
+    settings, module, config, flags = resolve(sys.argv[1:])
+    device, dtype, compiled = choose_device(settings)
+    run = Run(settings, config, device, dtype)
+    load_data(run)
+    if WORLD > 1:
+        cuda = device.type == 'cuda'
+        dist.init_process_group('nccl' if cuda else 'gloo', device_id=device if cuda else None)
+    model, ddp, optimizer = build(run, module, compiled)
+    if flags.eval_only:
+        run.out = Path(flags.out_dir)
+        name = 'ckpt_best.pt' if (run.out / 'ckpt_best.pt').exists() else 'ckpt_last.pt'
+        restore(run, load_checkpoint(run.out / name), model, optimizer)
+        print0(f'{run.out}, step {run.step}, {settings.dataset}: val loss {describe(run, evaluate(run, model))}')
+    else:
+        train(run, flags, model, ddp, optimizer)
+    if WORLD > 1:
+        del ddp  # DDP must not outlive its process group
+        dist.destroy_process_group()
 
 
-def introduce(run, model, module):
-    """Write config.json; say what is trained, and which settings are not the default."""
-    settings, config = run.settings, run.config
-    values = {**dataclasses.asdict(settings), **dataclasses.asdict(config)}
-    usual = {**dataclasses.asdict(Settings()), **dataclasses.asdict(module.Config())}
+def train(run, flags, model, ddp, optimizer):
+    """The whole run: from the checkpoint, if there is one, to loss.png."""
+    shared = [None, None]  # folder, and whether it holds a checkpoint to resume: process 0 decides
     if RANK == 0:
-        write(run.out / 'config.json', lambda f: f.write(f'{json.dumps(values, indent=1)}\n'.encode()))
-    params = sum(p.numel() for p in model.parameters()) / 1e6
-    say(f'{settings.model}, {settings.objective}, {settings.dataset} ({len(run.train):,} tokens): '
-        f'{params:.2f}M parameters, run {run.out}')
-    unusual = ', '.join(f'{name} {value}' for name, value in values.items() if value != usual[name])
-    say(f'{run.out / "config.json"} has all settings; not the default: {unusual}')
-    if settings.objective == 'masked' and config.causal:
-        say('note: --objective masked with --causal: the model sees only what is to the left of each mask')
-    if settings.warmup_iters >= settings.max_iters:
-        say('note: the learning rate rises to the end, because --warmup_iters is not below --max_iters')
-
-
-def conclude(run, progress, new_instead_of_resumed):
-    """The last line: the best loss, and what to try next."""
-    guess = math.log(run.meta['vocab_size'])
-    prompt = ' --prompt "a text with [MASK] in it"' if run.settings.objective == 'masked' else ''
-    advice = f'Now try: python sample.py --out_dir {common.quoted(run.out)}{prompt}'
-    if progress.best >= guess:
-        advice = (f'The run did not learn: a uniform guess has a loss of {guess:.4f}. '
-                  'Try a lower --learning_rate, a longer --warmup_iters, or more --max_iters')
-    if new_instead_of_resumed:
-        advice += '. Note: --resume found no checkpoint, so this run started from step 0'
-    say(f'done: best val loss {describe(run, progress.best)}. {advice}')
-
-
-def bits_per_byte(run, loss):
-    return loss * (run.meta['val_tokens'] / run.meta['val_bytes'] / math.log(2))
-
-
-def describe(run, loss):
-    unit = 'token' if run.settings.objective == 'causal' else 'masked token'
-    return (f'{loss:.4f} nats per {unit}, {bits_per_byte(run, loss):.4f} bits per byte, '
-            f'perplexity {math.exp(min(loss, 99)):.2f}')
-
-
-def speed_at_peak(run, model):
-    """Tokens/s at which the GPUs would do the model's products at their peak rate, MFU 100 %; None where unknown."""
-    peak = common.peak_flops(run.device) if run.dtype == torch.bfloat16 else None
-    return peak * WORLD / flops_per_token(run, model) if peak else None
-
-
-def flops_per_token(run, model):
-    """Operations per token of the products that this model makes on this device; backward twice as many as forward."""
-    rows = on_device(run, train_rows(run, 0, range(1)))
-    once = common.count_flops(lambda: forward(run, model.forward, rows))  # not model(...): compiled code hides products
-    return 3 * once / run.config.block_size
+        run.out, lock = open_folder(run.settings, flags)  # it is locked as long as `lock` exists
+        shared = [run.out, flags.resume and (run.out / 'ckpt_last.pt').exists()]
+    if WORLD > 1:
+        dist.broadcast_object_list(shared)
+    run.out, resume = shared
+    if resume:
+        restore(run, load_checkpoint(run.out / 'ckpt_last.pt'), model, optimizer)
+        run.best = best_loss(run)
+    start_log(run)
+    if RANK == 0:
+        values = json.dumps({**vars(run.settings), **vars(run.config)}, indent=1)
+        atomic_write(run.out / 'config.json', lambda f: f.write(f'{values}\n'.encode()))
+    n_params = sum(p.numel() for p in model.parameters())
+    print0(f'{len(run.train):,} training tokens, {n_params:,} parameters, run {run.out}')
+    exit_code = training_loop(run, model, ddp, optimizer)
+    handle_signals()
+    out = shlex.quote(str(run.out))
+    if exit_code:
+        if WORLD > 1:
+            dist.barrier()  # torchrun kills all processes when one exits, perhaps before it has saved
+        launcher = 'python' if WORLD == 1 else 'torchrun ...'
+        print0(f'stopped after step {run.step}, saved. To resume: {launcher} train.py --resume --out_dir {out}')
+        sys.exit(exit_code)
+    if RANK == 0 and importlib.util.find_spec('matplotlib'):
+        plot(run)
+    print0(f'done: best val loss {describe(run, run.best)}. Now try: python sample.py --out_dir {out}')
 
 
 if __name__ == '__main__':
-    common.run_main(main)
+    try:
+        main()
+    except OSError as e:  # a full disk, a folder that is not writable
+        die(e, 1)
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        die(f'out of memory: try a smaller --micro_batch_size, which gives the same curve. {one_line(e)}', 1)

@@ -16,6 +16,7 @@ os.environ.update(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', MPLBACKEND='Agg')
 import torch  # noqa: E402
 
 torch.set_num_threads(1)  # a second thread gains nothing in small tests, and waits long where other work holds its core
+SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / 'experiments'), str(REPO / 'baselines')]
 CORPORA = Path(os.environ.get('CORPORA', REPO.parent / 'shared' / 'data'))  # real texts; without them tests skip
@@ -29,13 +30,13 @@ TINY = ('--n_layer 2 --n_embd 32 --n_head 2 --block_size 32 --batch_size 8 --eva
 class Run:
     """Runs scripts of the repository in a folder; what the last one printed is in .out and .err.
 
-    run('train.py', ...) runs the script in this process, as `python train.py ...` would: its __main__ part, arguments,
-    exit code and output. Importing torch again for each of some hundred runs would take minutes. run.process(...) does
-    start a process, and run.start(...) leaves it running: for signals, kills and torchrun.
+    run('train.py', ...) runs the script in this process, which saves the import of torch; run.process(...) starts a
+    process, and run.start(...) leaves it running, at most until the test ends.
     """
 
     def __init__(self, folder):
         self.folder = folder
+        self.started = []
 
     def __call__(self, *words, code=0, **env):
         script, *arguments = [str(w) for w in words]
@@ -57,11 +58,10 @@ class Run:
         words[script] = str(REPO / words[script])
         env = {**os.environ, 'PYTHONUNBUFFERED': '1', 'PYTHONIOENCODING': 'utf-8', **env}
         pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        return subprocess.Popen([*launcher, *words], cwd=self.folder, env=env, encoding='utf-8', **pipes)
+        self.started.append(subprocess.Popen([*launcher, *words], cwd=self.folder, env=env, encoding='utf-8', **pipes))
+        return self.started[-1]
 
     def check(self, found, code, words):
-        if os.name == 'nt':  # the tests look for paths with slashes
-            self.out, self.err = self.out.replace('\\', '/'), self.err.replace('\\', '/')
         assert found == code, f'exit {found}, not {code}: {words}\n{self.out[-3000:]}\n{self.err[-3000:]}'
         return self
 
@@ -69,28 +69,24 @@ class Run:
 def run_here(script, arguments, folder, env):
     """Run a script in this process -> its stdout, its stderr, its exit code. Everything else stays as it was."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8') for _ in range(2))
-    old_argv, old_path, old_folder, old_env = sys.argv, sys.path[:], os.getcwd(), dict(os.environ)
-    old_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.parent))
-    os.environ.update(env)
-    os.chdir(folder)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    path = sys.path[:]
     code = 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, 'argv', [str(script), *arguments])
+        for name, value in env.items():
+            patch.setenv(name, value)
+        sys.path.insert(0, str(script.parent))
+        try:
             runpy.run_path(str(script), run_name='__main__')
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        os.chdir(old_folder)
-        sys.argv = old_argv
-        sys.path[:] = old_path
-        sys.modules.pop('model_mine', None)  # a test's own scheme
-        for name in set(os.environ) - set(old_env):
-            del os.environ[name]
-        os.environ.update(old_env)
-        for number, handler in old_handlers.items():
-            signal.signal(number, handler)
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            sys.path[:] = path
+            sys.modules.pop('model_mine', None)  # a test's own scheme
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     for stream in (out, err):
         stream.seek(0)
     return out.read(), err.read(), code
@@ -126,22 +122,30 @@ def trained(tmp_path_factory, data_dir):
     return train
 
 
+@pytest.fixture(autouse=True)
+def time_limit():
+    """No test waits for ever, whatever it waits for. (Windows does not have this signal.)"""
+    def fail(*_):
+        raise TimeoutError('this test took five minutes')
+    if hasattr(signal, 'SIGALRM'):
+        signal.signal(signal.SIGALRM, fail)
+        signal.alarm(300)
+    yield
+    if hasattr(signal, 'SIGALRM'):
+        signal.alarm(0)
+
+
 @pytest.fixture
 def run(tmp_path):
-    return Run(tmp_path)
+    run = Run(tmp_path)
+    yield run
+    for process in run.started:
+        process.kill()
 
 
 @pytest.fixture
-def train(tmp_path, data_dir):
-    """train.train(...) runs train.py on the small data set with a small model, train.start_train(...) in a process."""
-    run = Run(tmp_path)
+def train(run, data_dir):
+    """train.train(...) runs train.py on the small data set with a small model."""
     run.words = ['--data_dir', data_dir, '--dataset', 'code', *TINY]
-
-    def train(*words, **kw):
-        return run('train.py', *run.words, *words, **kw)
-
-    def start_train(*words, **kw):
-        return run.start('train.py', *run.words, *words, **kw)
-    run.train = train
-    run.start_train = start_train
+    run.train = lambda *words, **options: run('train.py', *run.words, *words, **options)
     return run

@@ -1,10 +1,11 @@
-"""The tests of the scripts can fail: plant one error in a copy of the repository, and the test that is named turns red.
+"""The tests of the scripts can fail: plant one error in a copy of the repository, and the named test must fail.
 
     python tests/test_planted_errors_in_scripts.py         # the table: each error, and how its test fails
-    python tests/test_planted_errors_in_scripts.py draw    # only the errors with this word in their name
+    python tests/test_planted_errors_in_scripts.py resume  # only the errors with this word in a row
+
+More rows are in planted_data.py, if there is that file.
 """
 import contextlib
-import io
 import multiprocessing
 import os
 import re
@@ -14,155 +15,86 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 REPO = Path(__file__).resolve().parents[1]
-# what: (file, right, wrong, the one test that must fail); the right text stands exactly once in the file
-ERRORS = {
-    'targets are the inputs': (
-        'train.py', 'rows[:, 1:].copy()', 'rows[:, :-1].copy()',
-        'test_train.py::test_causal_targets_are_the_next_tokens'),
-    'masks: 90 % instead of 80 %': (
-        'train.py', 'dice < 0.8', 'dice < 0.9',
-        'test_train.py::test_masked_rows_hide_what_they_ask_for_and_nothing_else'),
-    'masks: the targets are what is shown': (
-        'train.py', 'return idx, targets, where', 'return idx, shown, where',
-        'test_train.py::test_masked_rows_hide_what_they_ask_for_and_nothing_else'),
-    'batches: the seed is forgotten': (
-        'train.py', 'default_rng((run.settings.seed, step, row))', 'default_rng((step, row))',
-        'test_train.py::test_batches_depend_on_seed_and_step_alone'),
-    'batches: all micro batches have the same rows': (
-        'train.py', 'range(i, i + micro)', 'range(first, first + micro)',
-        'test_train.py::test_accumulation_changes_nothing_but_rounding'),
-    'accumulation: the sum instead of the mean': (
-        'train.py', ' * (1 / len(batches))', '',
-        'test_train.py::test_accumulation_changes_nothing_but_rounding'),
-    'schedule: warm-up starts at zero': (
-        'train.py', '(step + 1) / settings.warmup_iters', 'step / settings.warmup_iters',
-        'test_train.py::test_schedule'),
-    'schedule: the cosine ends at zero': (
-        'train.py', 'return settings.min_lr + (', 'return 0 + (',
-        'test_train.py::test_schedule'),
-    'dropout: the same draws in each step': (
-        'train.py', '(settings.seed, step, RANK)', '(settings.seed, 0, RANK)',
-        'test_train.py::test_random_draws_depend_on_seed_and_step'),
-    'validation: rows that fill the batch count': (
-        'train.py', 'rows[1][numbers >= n] = -1', 'pass',
-        'test_train.py::test_validation_does_not_depend_on_the_micro_batch_or_on_dropout[causal]'),
-    'validation: with dropout': (
-        'train.py', '    model.eval()\n', '',
-        'test_train.py::test_validation_does_not_depend_on_the_micro_batch_or_on_dropout[causal]'),
-    'validation: not up to the end of the text': (
-        'train.py', 'np.linspace(0, len(run.val)', 'np.linspace(0, len(run.val) // 2',
-        'test_train.py::test_validation_rows_are_fixed_spread_and_disjoint'),
-    'bits per byte upside down': (
-        'train.py', "run.meta['val_tokens'] / run.meta['val_bytes']", "run.meta['val_bytes'] / run.meta['val_tokens']",
-        'test_train.py::test_bits_per_byte_are_those_of_the_text'),
-    'resume: the optimizer starts anew': (
-        'train.py', "optimizer.load_state_dict(checkpoint['optimizer'])", 'pass',
-        'test_train.py::test_resumed_run_has_the_present_weight_decay_and_betas'),
-    'optimizer: vectors decay': (
-        'train.py', 'weight_decay=0.0)', 'weight_decay=settings.weight_decay)',
-        'test_train.py::test_resumed_run_has_the_present_weight_decay_and_betas'),
-    'resume: the validation stands twice in the log': (
-        'train.py', 'again=validate_first and step == first)', 'again=False)',
-        'test_train.py::test_a_resume_that_dies_keeps_the_row_of_the_last_validation'),
-    'signals: the picture is not interrupted': (
-        'train.py', 'progress, validate_first)\n        common.exit_on_signals()', 'progress, validate_first)',
-        'test_train.py::test_sigterm_while_the_picture_is_drawn'),
-    'write: a copy instead of a rename': (
-        'common.py', 'os.replace(beside, path)', 'shutil.copy(beside, path)',
-        'test_train.py::test_a_written_file_takes_its_place_at_once'),
-    'write: what is half written stays': (
-        'common.py', '    finally:\n        beside.unlink(missing_ok=True)', '    finally:\n        pass',
-        'test_train.py::test_a_failed_write_leaves_the_old_file'),
-    'signals: the second one is ignored': (
-        'common.py', 'os._exit(128 + number)', 'pass',
-        'test_train.py::test_second_signal_exits_at_once'),
-    'data: end-of-text counts as text': (
-        'prepare_data.py', 'lengths[tokens.eot_token] = 0', 'pass',
-        'test_data.py::test_bytes_are_those_of_the_text_and_not_of_its_tokens'),
-    'data: documents do not end': (
-        'prepare_data.py', '            if end:\n', '            if False:\n',
-        'test_data.py::test_bytes_are_those_of_the_text_and_not_of_its_tokens'),
-    'data: validation is the beginning of the text': (
-        'prepare_data.py', 'offset=(ids - n) * dtype.itemsize', 'count=n',
-        'test_data.py::test_bytes_are_those_of_the_text_and_not_of_its_tokens'),
-    'data: the first id beyond the vocabulary passes': (
-        'prepare_data.py', "ids[part].max() >= meta['vocab_size']", "ids[part].max() > meta['vocab_size']",
-        'test_data.py::test_check_data_reads_all'),
-    'data: pieces end anywhere': (
-        'prepare_data.py', r'(?s).*\S(?=[ \n])', r'(?s).*\S(?=.)',
-        'test_data.py::test_pieces_are_the_text'),
-    'data: hidden files are read': (
-        'prepare_data.py', r"re.search(r'(^|/)\.'", r"re.search(r'^$'",
-        'test_data.py::test_folders'),
-    'data: the old set is lost in the swap': (
-        'prepare_data.py', 'old.rename(folder)  # int', 'pass  # int',
-        'test_data.py::test_interrupted_while_swapping'),
-    'draw: top k is top 1': (
-        'sample.py', '.values[-1]', '.values[0]',
-        'test_sample.py::test_top_k_draws_from_k_ids'),
-    'draw: temperature upside down': (
-        'sample.py', ') / temperature)', ') * temperature)',
-        'test_sample.py::test_temperature_and_seed_decide_the_draws'),
-    'draw: the seed is forgotten': (
-        'sample.py', ', generator=generator)', ')',
-        'test_sample.py::test_temperature_and_seed_decide_the_draws'),
-    'draw: [MASK] is an answer': (
-        'sample.py', 'logits[0, -1, :vocab_size]', 'logits[0, -1]',
-        'test_sample.py::test_only_ordinary_ids_are_drawn_and_filled_in'),
-    'fill: [MASK] has a share': (
-        'sample.py', 'logits[0, :, :vocab_size].float().softmax(-1)', 'logits[0].float().softmax(-1)[:, :vocab_size]',
-        'test_sample.py::test_only_ordinary_ids_are_drawn_and_filled_in'),
-}
+HERE = 'tests/test_train.py::'
+# (file, right text, which occurs exactly once, wrong text, the test that must fail)
+PLANTED = [
+    ('train.py', 'sequences[:, 1:].copy()', 'sequences[:, :-1].copy()',
+     HERE + 'test_causal_targets_are_the_next_tokens'),
+    ('train.py', 'np.where(u < 0.8', 'np.where(u < 0.9', HERE + 'test_masked_batch'),
+    ('train.py', 'range(i, i + micro)', 'range(first, first + micro)',
+     HERE + 'test_micro_batches_equal_one_batch[causal]'),
+    ('train.py', 'max(1, run.settings.eval_tokens // T)', 'run.settings.eval_tokens // T',
+     HERE + 'test_evaluate[causal]'),
+    ('train.py', 'lr_at(step - 1, settings)', 'lr_at(step, settings)', HERE + 'test_what_the_log_says'),
+    ('train.py', '    run.losses.clear()\n', '', HERE + 'test_what_the_log_says'),
+    ('train.py', "run.meta['val_tokens'] / run.meta['val_bytes']", '1', HERE + 'test_what_the_log_says'),
+    ('train.py', '        run.best = loss\n        save', '        save',
+     HERE + 'test_the_best_checkpoint_holds_the_best_loss_and_its_step'),
+    ('train.py', '(settings.seed, step, RANK)', '(settings.seed, os.getpid(), RANK)',
+     HERE + 'test_killed_and_resumed_is_bit_identical'),
+    ('train.py', "optimizer.load_state_dict(checkpoint['optimizer'])", 'pass',
+     HERE + 'test_resume_keeps_what_it_must'),
+    ('train.py', "old['meta'].get('sha256') == run.meta['sha256']", 'True',
+     HERE + 'test_the_best_loss_starts_anew_when_the_data_change[data]'),
+    ('train.py', 'zipfile.ZipFile(path).testzip()', 'None', HERE + 'test_damaged_checkpoints_are_refused'),
+    ('train.py', 'number != hangup', 'number == hangup', HERE + 'test_second_signal_exits_at_once'),
+    ('train.py', 'fcntl.lockf(', 'id(', HERE + 'test_a_closed_terminal_saves_and_two_runs_never_share_a_folder'),
+]
+try:
+    from planted_data import PLANTED as MORE
+except ImportError:
+    MORE = []
 
 
-def plant(what):
-    """Run the named test on a copy that has one error -> pytest's exit status, its reason. Call it in a new process."""
-    name, right, wrong, test = ERRORS[what]
-    text = (REPO / name).read_text(encoding='utf-8')
+def run_test(folder, test, out):
+    """Run a test of a copy of the repository in this new process, which exits with pytest's exit code."""
+    ours = {path.stem for path in (*REPO.glob('*.py'), *REPO.glob('tests/*.py'))}
+    for name in ours & set(sys.modules):
+        del sys.modules[name]  # the parent has imported the code without the error
+    sys.path[:] = [path for path in sys.path if Path(path or '.').resolve() not in (REPO, REPO / 'tests')]
+    os.chdir(folder)
+    options = ['-q', '-x', '--tb=short', '-p', 'no:cacheprovider', '-p', 'no:xdist', '--capture=sys',
+               f'--rootdir={folder}', f'--basetemp={folder}/tmp']
+    with open(out, 'w') as f, contextlib.redirect_stdout(f):
+        code = pytest.main([*options, f'{folder}/{test}'])
+    os._exit(int(code))
+
+
+def plant(file, right, wrong, test):
+    """Run the test on a copy of the repository that has one error -> pytest's exit code and the reason it gives."""
+    text = (REPO / file).read_text(encoding='utf-8')
     if text.count(right) != 1:
-        return 2, f'{right!r} stands {text.count(right)} times in {name}: the table of errors is out of date'
-    ours = {path.stem for folder in (REPO, REPO / 'tests') for path in folder.glob('*.py')}
-    for module in ours & set(sys.modules):
-        del sys.modules[module]  # what the parent had imported is the code without the error
-    for variable in [key for key in os.environ if key.startswith('PYTEST_') or key in ('CI', 'BUILD_NUMBER')]:
-        del os.environ[variable]  # with CI pytest shows all differences of long values, which can take hours
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out:
-        for path in [*REPO.glob('*.py'), *REPO.glob('tests/*.py'), *REPO.glob('baselines/*.py')]:
-            (Path(folder) / path.relative_to(REPO)).parent.mkdir(exist_ok=True)
-            shutil.copy(path, Path(folder) / path.relative_to(REPO))
-        (Path(folder) / name).write_text(text.replace(right, wrong), encoding='utf-8')
-        sys.path[:] = [path for path in sys.path if Path(path or '.').resolve() not in (REPO, REPO / 'tests')]
-        old = os.getcwd()
-        options = ['-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '--capture=sys', f'--basetemp={folder}/tmp']
-        code = int(pytest.main([*options, f'--rootdir={folder}', f'{folder}/tests/{test}']))
-        os.chdir(old)
-    reasons = re.findall(r'^E  +(.*)', out.getvalue(), re.M)
-    return code, (reasons or [out.getvalue()[-300:]])[0]
+        return 2, f'{right!r} occurs {text.count(right)} times in {file}: this table is out of date'
+    with tempfile.TemporaryDirectory() as folder:
+        for path in [*REPO.glob('*.*'), *REPO.glob('tests/*.py'), *REPO.glob('baselines/*.py')]:
+            if path.is_file():
+                (Path(folder) / path.relative_to(REPO)).parent.mkdir(exist_ok=True)
+                shutil.copy(path, Path(folder) / path.relative_to(REPO))
+        (Path(folder) / file).write_text(text.replace(right, wrong), encoding='utf-8')
+        # fork after this: importing torch and what its optimizers import takes longer than a test
+        torch.optim.AdamW([torch.zeros(1)])
+        context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
+        process = context.Process(target=run_test, args=(folder, test, f'{folder}/out'))
+        process.start()
+        process.join(120)
+        process.kill()
+        output = Path(folder, 'out').read_text(encoding='utf-8', errors='replace')
+    reasons = re.findall(r'^E  +(.*)', output, re.M)
+    return process.exitcode, (reasons or [output[-300:]])[0]
 
 
-def plant_all(errors=ERRORS):
-    """{what: (exit status, reason)}, two at a time, each in a new process (forked on Linux: torch loads slowly)."""
-    import torch  # noqa: F401
-    method = 'fork' if sys.platform == 'linux' else 'spawn'
-    with multiprocessing.get_context(method).Pool(2, maxtasksperchild=1) as pool:
-        return dict(zip(errors, pool.map(plant, errors, chunksize=1)))
-
-
-@pytest.fixture(scope='module')
-def caught():
-    return plant_all()
-
-
-@pytest.mark.parametrize('what', ERRORS)
-def test_planted_error_is_caught(what, caught):
-    code, reason = caught[what]
-    assert code == 1, f'{what}: not caught by {ERRORS[what][-1]}\n{reason}'
-    assert not re.match('NameError|SyntaxError|ImportError|ModuleNotFoundError', reason), f'{what}: it only crashes'
+@pytest.mark.parametrize('file, right, wrong, test', PLANTED + MORE)
+def test_planted_error_is_caught(file, right, wrong, test):
+    code, reason = plant(file, right, wrong, test)
+    assert code == 1, f'not caught by {test}\n{reason}'
+    assert not re.match('NameError|SyntaxError|ImportError|ModuleNotFoundError', reason), f'it only crashes: {reason}'
 
 
 if __name__ == '__main__':
-    word = sys.argv[1].lower() if sys.argv[1:] else ''
-    for what, (code, reason) in plant_all([what for what in ERRORS if word in what.lower()]).items():
-        print(f'{what:50s} {"caught: " if code == 1 else "NOT CAUGHT "}{reason[:80]}')
+    for row in PLANTED + MORE:
+        if not sys.argv[1:] or sys.argv[1] in ' '.join(row):
+            code, reason = plant(*row)
+            print(f'{"caught" if code == 1 else "NOT CAUGHT"}  {row[0]}: {row[1]!r} -> {row[2]!r}: {reason[:80]}')

@@ -9,7 +9,6 @@ import dataclasses
 import datetime
 import importlib
 import inspect
-import io
 import itertools
 import json
 import os
@@ -27,18 +26,11 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import prepare_data
+from prepare_data import atomic_write as write, die
 
 RANK = int(os.environ.get('RANK', 0))  # this process among all; torchrun sets these three
 LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))  # this process among those of its machine
 WORLD = int(os.environ.get('WORLD_SIZE', 1))  # number of processes
-
-
-def die(message, code=2):
-    """One line on stderr and exit: wrong input (2), said once per machine, or a failure (1), said by whoever has it."""
-    if LOCAL_RANK == 0 or code == 1:
-        line = ' '.join(str(message).split())
-        print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr, flush=True)
-    sys.exit(code)
 
 
 def say(line):
@@ -65,35 +57,6 @@ FILES = ('config.json', 'log.csv', 'loss.png', 'ckpt_last.pt', 'ckpt_best.pt')
 COLUMNS = ('step', 'train_loss', 'val_loss', 'bits_per_byte', 'lr', 'grad_norm', 'ms', 'tokens_per_s')
 
 
-class Size(io.RawIOBase):
-    """A file that only counts the bytes written to it."""
-    size = 0
-
-    def write(self, data):
-        self.size += len(data)
-        return len(data)
-
-
-def write(path, put):
-    """put(file), written beside, flushed, renamed: a kill or a full disk leaves the old file or the new one, whole."""
-    beside = path.with_name(path.name + '.tmp')
-    try:
-        with open(beside, 'wb') as f:
-            put(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as e:  # torch.save raises a RuntimeError when the disk is full
-        beside.unlink(missing_ok=True)
-        needed = Size()
-        put(needed)  # an error that the disk has no part in is raised again
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(f'{path} could not be written ({one_line(e)}): it needs {needed.size:,} bytes beside the old '
-                      f'file, and {free:,} are free') from e
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 PARTS = dict(step=int, best=float, window=list, config=dict, settings=dict, meta=dict, model=dict, optimizer=dict)
 
 
@@ -112,7 +75,8 @@ def load_checkpoint(path):
                 raise ValueError(f'its setting {name} is no plain value')
         if not all(isinstance(loss, float) for loss in checkpoint['window']):
             raise ValueError('its window must hold floats')
-        prepare_data.check_vocabulary(checkpoint['meta'])
+        if not 0 < checkpoint['meta']['vocab_size'] <= checkpoint['meta']['mask_id'] < 2 ** 24:
+            raise ValueError('its vocabulary is not possible')
         return checkpoint
     except Exception as e:  # zip, pickle and torch have many errors for damaged files
         die(f'{path} is damaged, or no checkpoint of train.py: {type(e).__name__} {one_line(e)}')

@@ -3,8 +3,8 @@ Train any model_<name>.py as a causal or a masked language model, on a CPU, a GP
 
     python train.py --model composite                                       # about three minutes on two CPU cores
     python train.py --model composite --objective masked --dataset wikitext2
-    python train.py --resume --out_dir out/composite-causal-python          # continues that run where it stopped
-    python train.py --eval_only --out_dir out/composite-causal-python       # prints its validation loss, trains nothing
+    python train.py --resume --out_dir out/composite-causal-shakespeare     # continues that run where it stopped
+    python train.py --eval_only --out_dir out/composite-causal-shakespeare  # prints its validation loss, trains nothing
     torchrun --standalone --nproc_per_node=8 train.py --model nope --preset gpt2 --dataset fineweb-edu
 
 Every setting is a flag, and so is every field of the model's Config: python train.py --model composite --help.
@@ -27,13 +27,14 @@ import torch.distributed as dist
 
 import common
 from common import RANK, WORLD, any_process, die, log, one_line, say, write
+from common import load_checkpoint, load_model_file  # noqa: F401  (for sample.py)
 
 
 @dataclasses.dataclass
 class Settings:
     model: str = 'composite'  # trains model_<name>.py
     objective: Literal['causal', 'masked'] = 'causal'  # predict the next token, or the masked tokens
-    dataset: str = 'python'  # a folder of data_dir; prepare_data.py makes it when it is missing
+    dataset: str = 'shakespeare'  # a folder of data_dir; prepare_data.py makes it when it is missing
     data_dir: str = 'data'  # folder of the prepared data sets
     seed: int = 1  # decides the initial weights and, with the step number, each batch
     device: str = 'auto'  # auto (cuda > mps > cpu), cpu, cuda, cuda:N or mps

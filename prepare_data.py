@@ -3,10 +3,9 @@ Text -> data/<name>/train.bin, val.bin (token ids, uint16), meta.json. train.py 
 
     python prepare_data.py --path novel.txt --tokenizer gpt2     # your own file or folder -> data/novel
 
-Each document ends with eot_id: GPT-2's <|endoftext|>, or 255 for bytes, because UTF-8 text never holds that byte. A
-single text of bytes has no such mark. train_bytes and val_bytes count text only. In a folder, words such as train,
-valid, dev and test in the names of files and folders say what a file is for; test text is left out. Without validation
-text, the last tenth of the training text (at most 5 million tokens) is held out for it.
+Each document ends with eot_id: GPT-2's <|endoftext|>, or 255 for bytes, because UTF-8 text never holds it. A single
+text of bytes has none. train_bytes and val_bytes count text only. Words such as train, valid, dev and test in the names
+of files and folders say what a file is for. Test text is left out; without validation text, it is the last tenth.
 """
 import argparse
 import contextlib
@@ -21,7 +20,6 @@ import re
 import shutil
 import signal
 import sys
-import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -75,7 +73,7 @@ def preparing(name):
             'or add --tokenizer bytes, which takes the bytes of any file')
     except Exception as e:
         advice = ". Without a network: a local copy with --path; GPT-2's vocabulary in TIKTOKEN_CACHE_DIR (README.md)"
-        network = isinstance(e, (ConnectionError, TimeoutError, urllib.error.URLError))
+        network = isinstance(e, (ConnectionError, TimeoutError, urllib.request.URLError))
         die(f'{name} cannot be prepared: {type(e).__name__}: {str(e)[:300]}{advice if network else ""}')
 
 
@@ -94,8 +92,7 @@ def enwik8(path):
 
 def from_rows(rows, name, documents):
     """The texts of rows, dicts with the key 'text': documents, or lines of one text. Counts rows without text."""
-    found = skipped = 0
-    row = {}
+    row, found, skipped = {}, 0, 0
     for row in rows:
         text = row.get('text')
         if not isinstance(text, str) or documents and not text:
@@ -181,8 +178,7 @@ def open_sources(dataset, path, any_bytes):
         root = Path(os.__file__).parent
         left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', 'distutils'}
         names = [file.relative_to(root).as_posix() for file in root.rglob('*.py')]
-        # packages in a shuffled, fixed order, because the files of one package repeat each other
-        names.sort(key=lambda name: (hashlib.sha256(name.split('/')[0].encode()).digest(), name))
+        names.sort(key=lambda name: (hashlib.sha256(name.split('/')[0].encode()).digest(), name))  # by package
         parts = {'train': [root / name for name in names if not left_out & set(name.split('/'))]}
     else:
         path = path or Path(__file__).with_name('shakespeare.txt')
@@ -199,8 +195,8 @@ def load_tiktoken(name):
         return tiktoken.get_encoding(name)
 
 
-def write_ids(path, source, documents, encode, lengths, eot):
-    """Encode a source into a file -> number of ids, bytes of text."""
+def write_ids(path, source, documents, tokens, eot):
+    """Encode a source -> ids, bytes of text. It is cut before white space: GPT-2's pattern never joins across that."""
     ids = size = 0
     held = ''  # text that is not encoded yet
     with open(path, 'wb') as f:
@@ -208,33 +204,24 @@ def write_ids(path, source, documents, encode, lengths, eot):
             held += text
             if len(held) < PIECE and not end:
                 continue
-            # A long text is cut where white space follows something else: GPT-2's pattern never joins those two.
             last_space = None if end else re.match(r'(?s).*\S(?=[ \n])', held)
             cut = last_space.end() if last_space else len(held)
-            new = np.append(encode(held[:cut]), [eot] if end and eot is not None else []).astype(np.uint16)
+            raw = held[:cut].encode('utf-8', 'surrogateescape')
+            new = tokens.encode_ordinary(held[:cut]) if tokens else np.frombuffer(raw, np.uint8)
+            new = np.append(new, [eot] if end and eot is not None else []).astype(np.uint16)
             held = held[cut:]
             new.tofile(f)
             ids += len(new)
-            size += int(lengths[new].sum())
+            size += len(raw)
     return ids, size
-
-
-def encode_bytes(text):
-    return np.frombuffer(text.encode('utf-8', 'surrogateescape'), np.uint8)
 
 
 def write_all(folder, sources, documents, origin, tokenizer):
     """Write train.bin, val.bin and meta.json into the folder."""
-    if tokenizer == 'bytes':
-        eot = 255 if documents else None
-        lengths = np.ones(256, np.int64)  # bytes of text in each id
-        encode = encode_bytes
-    else:
-        tokens = load_tiktoken(tokenizer)
-        encode, eot = tokens.encode_ordinary, tokens.eot_token
-        lengths = np.array([len(tokens.decode_single_token_bytes(i)) for i in range(tokens.n_vocab)])
-    lengths[[] if eot is None else eot] = 0
-    counts = {part: write_ids(folder / f'{part}.bin', source, documents, encode, lengths, eot)
+    tokens = None if tokenizer == 'bytes' else load_tiktoken(tokenizer)
+    eot = tokens.eot_token if tokens else 255 if documents else None
+    vocab_size = tokens.n_vocab if tokens else 256
+    counts = {part: write_ids(folder / f'{part}.bin', source, documents, tokens, eot)
               for part, source in sources.items()}
     if 'val' not in counts:  # move the end of train.bin
         n, size = counts['train']
@@ -242,9 +229,10 @@ def write_all(folder, sources, documents, origin, tokenizer):
         val = np.fromfile(folder / 'train.bin', np.uint16, offset=2 * n_train)
         val.tofile(folder / 'val.bin')
         os.truncate(folder / 'train.bin', 2 * n_train)
-        val_size = int(lengths[val].sum())
+        text = val[val != eot].tolist() if documents or tokens else val
+        val_size = sum(len(tokens.decode_single_token_bytes(i)) for i in text) if tokens else len(text)
         counts = {'train': (n_train, size - val_size), 'val': (n - n_train, val_size)}
-    meta = dict(tokenizer=tokenizer, vocab_size=len(lengths), mask_id=len(lengths), eot_id=eot, dtype='uint16')
+    meta = dict(tokenizer=tokenizer, vocab_size=vocab_size, mask_id=vocab_size, eot_id=eot, dtype='uint16')
     meta |= dict(source=origin, sha256={})
     for part, (n, size) in counts.items():
         if not size:
@@ -280,32 +268,32 @@ def prepare(dataset, tokenizer=None, path=None, data_dir='data', overwrite=False
     origin = str(path.resolve()) if path else ORIGINS.get(dataset) or HUB[dataset][0]
     kind = tokenizer or ('gpt2' if dataset in HUB else 'bytes')
     temporary = folder.with_name(f'.{dataset}.tmp')
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with preparing(dataset), open(folder.with_name(f'.{dataset}.lock'), 'w') as lock:
-        if os.name == 'posix':
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another process; the end of a process unlocks the file
-        clean_up(folder, temporary)  # what a killed run left
-        if folder.exists() and not overwrite:
-            meta = load(folder)[0]
-            if (meta['source'], meta['tokenizer']) != (origin, kind):
-                die(f'{folder} was prepared from {meta["source"]} (tokenizer {meta["tokenizer"]}), not from {origin} '
-                    f'(tokenizer {kind}): choose another --dataset name, or add --overwrite to replace it')
-            return print(f'{folder} is already prepared from {origin}; --overwrite reads it again', file=sys.stderr)
-        try:
-            (temporary / 'new').mkdir(parents=True)
-            write_all(temporary / 'new', *open_sources(dataset, path, tokenizer == 'bytes'), origin, kind)
-            if folder.exists():
-                folder.rename(temporary / 'old')
-            (temporary / 'new').rename(folder)
-        finally:
-            clean_up(folder, temporary)
+    with preparing(dataset):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(f'.{dataset}.lock'), 'w') as lock:
+            if os.name == 'posix':
+                import fcntl
+                fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another process; the end of a process unlocks the file
+            clean_up(folder, temporary)  # what a killed run left
+            if folder.exists() and not overwrite:
+                meta = load(folder)[0]
+                if (meta['source'], meta['tokenizer']) != (origin, kind):
+                    die(f'{folder} was prepared from {meta["source"]} (tokenizer {meta["tokenizer"]}), not from '
+                        f'{origin} (tokenizer {kind}): choose another --dataset name, or add --overwrite')
+                return print(f'{folder} is already prepared from {origin}; --overwrite reads it again', file=sys.stderr)
+            try:
+                (temporary / 'new').mkdir(parents=True)
+                write_all(temporary / 'new', *open_sources(dataset, path, tokenizer == 'bytes'), origin, kind)
+                if folder.exists():
+                    folder.rename(temporary / 'old')
+                (temporary / 'new').rename(folder)
+            finally:
+                clean_up(folder, temporary)
 
 
 def load(folder):
-    """data_dir/dataset -> meta.json as a dict, train and validation ids as memory maps. Refuses what is damaged."""
-    ids = {}
-    name = 'meta.json'
+    """data_dir/dataset -> meta.json (dict), train and validation ids (memory maps). Damage is refused: 1 s per GB."""
+    ids, name = {}, 'meta.json'
     try:
         meta = json.loads(Path(folder, name).read_text(encoding='utf-8'))
         if min(meta['train_bytes'], meta['val_bytes']) < 1 or not 0 < meta['vocab_size'] <= meta['mask_id'] < 2 ** 24:
@@ -313,8 +301,7 @@ def load(folder):
         for part in ('train', 'val'):
             name = f'{part}.bin'
             ids[part] = np.memmap(Path(folder, name), meta['dtype'], 'r')
-            small = ids[part].nbytes <= 2 ** 30  # a checksum takes about 1 ms per MB
-            digest = hashlib.sha256(ids[part]).hexdigest() if small else meta['sha256'][part]
+            digest = hashlib.sha256(ids[part]).hexdigest()
             if (len(ids[part]), digest) != (meta[f'{part}_tokens'], meta['sha256'][part]):
                 raise ValueError('its ids are not those that meta.json describes')
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:

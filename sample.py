@@ -1,7 +1,6 @@
 """
 Continue a prompt with a causal model, or fill each [MASK] with a masked one.
 
-    python sample.py                                        # the newest run in out/
     python sample.py --out_dir out/composite-causal-shakespeare --prompt "ROMEO:" --max_new_tokens 400 --temperature 0.8
     python sample.py --out_dir out/composite-masked-wikitext2 --prompt "The capital of France is [MASK] ."
 
@@ -9,7 +8,6 @@ Continue a prompt with a causal model, or fill each [MASK] with a masked one.
 """
 import argparse
 import codecs
-import itertools
 import re
 import sys
 from pathlib import Path
@@ -23,27 +21,24 @@ from train import die, load_checkpoint, load_model_file, one_line
 def load_run(out_dir=None, which=None, device='cpu'):
     """A run of train.py -> its model in eval mode, its checkpoint (a dict with settings, config, meta, step, ...).
 
-    out_dir: the folder of the run; None: the newest in out/. which: 'best', 'last' or None: the best, if there is one.
-    Exits with code 2 if there is no such checkpoint, or it is damaged. Prints which one it is.
+    out_dir None: the newest run in out/. which: 'best', 'last' or None: the best, if there is one. It is printed.
     """
     if out_dir is None:
-        checkpoints = list(Path('out').glob('*/ckpt_last.pt'))
+        checkpoints = sorted(Path('out').glob('*/ckpt_last.pt'), key=lambda path: path.stat().st_mtime)
         if not checkpoints:
             die('there is no run in out/: train one, or name its --out_dir')
-        out_dir = max(checkpoints, key=lambda path: path.stat().st_mtime).parent
-    if which is None:
-        which = 'best' if Path(out_dir, 'ckpt_best.pt').is_file() else 'last'
+        out_dir = checkpoints[-1].parent
+    which = which or ('best' if Path(out_dir, 'ckpt_best.pt').is_file() else 'last')
     path = Path(out_dir, f'ckpt_{which}.pt')
     if not path.is_file():
         die(f'{path} does not exist; --out_dir is a folder that train.py wrote')
     checkpoint = load_checkpoint(path)
-    name = checkpoint['settings']['model']
-    module = load_model_file(name)
+    module = load_model_file(checkpoint['settings']['model'])
     try:
         model = module.Model(module.Config(**checkpoint['config'])).to(device).eval()
         model.load_state_dict(checkpoint['model'])
     except Exception as e:  # any code may stand in the model file by now
-        die(f'{path} does not fit model_{name}.py as it is now: {one_line(e)}')
+        die(f'{path} does not fit {module.__name__}.py as it is now: {one_line(e)}')
     print(f'{path}: step {checkpoint["step"]}, best validation loss so far {checkpoint["best"]:.4f}', file=sys.stderr)
     return model, checkpoint
 
@@ -69,10 +64,7 @@ def encode_prompt(prompt, meta, masked):
 
 
 def draw(logits, temperature, top_k, generator):
-    """Draw one id from logits (vocab_size,). temperature 0: the most likely id.
-
-    top_k > 0: draw from the k largest logits only, exactly k of them; of equal logits, the smaller ids are kept.
-    """
+    """One id from logits (vocab_size,). temperature 0: the most likely. top_k: of exactly k ids; of ties, the first."""
     logits = logits.double().cpu()  # one CPU generator: the same draws on every device
     if temperature == 0:
         return logits.argmax().item()
@@ -84,10 +76,7 @@ def draw(logits, temperature, top_k, generator):
 
 @torch.no_grad()
 def continuation(model, ids, vocab_size, context, temperature, top_k, generator):
-    """Yield new ids without end.
-
-    The state holds at most `context` tokens (0: no limit). When it is full, the newer half is fed to a new state.
-    """
+    """Yield new ids. The state holds at most `context` tokens (0: any); if full, the newer half goes to a new state."""
     ids = list(ids)[-context:]
     new, state = ids, model.new_state()
     while True:
@@ -103,18 +92,17 @@ def continuation(model, ids, vocab_size, context, temperature, top_k, generator)
 @torch.no_grad()
 def fill(model, ids, mask_id, vocab_size, top=5):
     """For each [MASK] the most likely ids and their probabilities: a list of lists of (id, p)."""
-    device = model.wte.weight.device
-    where = torch.tensor([[i for i, t in enumerate(ids) if t == mask_id]], device=device)  # (1, M)
-    logits, _ = model(torch.tensor([ids], device=device), where=where)  # (1, M, rows of the embedding)
+    idx = torch.tensor([ids], device=model.wte.weight.device)
+    logits, _ = model(idx, where=(idx[0] == mask_id).nonzero().T)  # where (1, M), logits (1, M, rows of the embedding)
     best = logits[0, :, :vocab_size].float().softmax(-1).topk(min(top, vocab_size))  # (M, top)
     return [list(zip(i, p)) for i, p in zip(best.indices.tolist(), best.values.tolist())]
 
 
-def print_filled(model, meta, prompt):
+def print_filled(model, meta, args):
     """The prompt with the most likely piece in each gap, then the five most likely pieces of each."""
-    if '[MASK]' not in (prompt or ''):
+    if '[MASK]' not in (args.prompt or ''):
         die('this model is masked: it needs --prompt with at least one [MASK]')
-    ids = encode_prompt(prompt, meta, True)
+    ids = encode_prompt(args.prompt, meta, True)
     if model.config.absolute and len(ids) > model.config.block_size:
         die(f'absolute positions end at block_size={model.config.block_size}: the prompt has {len(ids)} tokens')
     _, decode = tokenizer(meta['tokenizer'])
@@ -127,12 +115,12 @@ def print_filled(model, meta, prompt):
         print(f'[MASK] {n}: {"  ".join(shown)}')
 
 
-def print_continued(model, meta, prompt, args):
+def print_continued(model, meta, args):
     """--num_samples continuations, each printed as it comes."""
-    block_size = model.config.block_size
-    context = block_size if args.context is None else args.context
-    if model.config.absolute and not 0 < context <= block_size:
-        die(f'absolute positions end at block_size={block_size}: --context must be from 1 to that')
+    prompt = '\n' if args.prompt is None else args.prompt
+    context = model.config.block_size if args.context is None else args.context
+    if model.config.absolute and not 0 < context <= model.config.block_size:
+        die(f'absolute positions end at block_size={model.config.block_size}: --context must be from 1 to that')
     if '[MASK]' in prompt:
         print('note: this model is causal, so [MASK] in the prompt is literal text', file=sys.stderr)
     ids = encode_prompt(prompt, meta, False)
@@ -141,13 +129,11 @@ def print_continued(model, meta, prompt, args):
     _, decode = tokenizer(meta['tokenizer'])
     stop = None if args.no_stop else meta.get('eot_id')
     for n in range(args.num_samples):
-        if n:
-            print('-' * 40)
-        print(prompt.lstrip('\n'), end='', flush=True)
+        print('-' * 40 + '\n' if n else '', prompt.lstrip('\n'), sep='', end='', flush=True)
         text = codecs.getincrementaldecoder('utf-8')('replace')  # a character may come in several tokens
         generator = torch.Generator().manual_seed(args.seed + n)
         new_ids = continuation(model, ids, meta['vocab_size'], context, args.temperature, args.top_k, generator)
-        for i in itertools.islice(new_ids, args.max_new_tokens):
+        for _, i in zip(range(args.max_new_tokens), new_ids):
             if i == stop:
                 break
             print(text.decode(decode(i)), end='', flush=True)
@@ -178,13 +164,11 @@ def main():
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:
         die(f'--device {args.device} cannot be used here, {best_device} can: {one_line(e)}')
-    if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
-        sys.stdout.reconfigure(errors='replace')  # a console that lacks a character shows ? for it
+    if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook; elsewhere ? stands for what a console cannot show
+        sys.stdout.reconfigure(errors='replace')
     model, checkpoint = load_run(args.out_dir, args.ckpt, args.device)
-    if checkpoint['settings']['objective'] == 'masked':
-        print_filled(model, checkpoint['meta'], args.prompt)
-    else:
-        print_continued(model, checkpoint['meta'], '\n' if args.prompt is None else args.prompt, args)
+    command = print_filled if checkpoint['settings']['objective'] == 'masked' else print_continued
+    command(model, checkpoint['meta'], args)
 
 
 if __name__ == '__main__':

@@ -104,11 +104,11 @@ def test_only_ordinary_ids_are_drawn_and_filled_in():
 
 def test_the_end_of_a_document(monkeypatch, capsys):
     """Generation stops before that token unless --no-stop; in a prompt its name is the token, if the data has it."""
-    args = SimpleNamespace(num_samples=2, max_new_tokens=3, temperature=0, top_k=0, context=None, seed=1, no_stop=False)
+    args = SimpleNamespace(num_samples=2, max_new_tokens=3, temperature=0, top_k=0, context=None, seed=1, prompt='x')
     meta = dict(tokenizer='bytes', mask_id=256, vocab_size=256)
     for eot, no_stop, text in ((255, False, 'xab'), (255, True, 'xab\ufffd'), (None, False, 'xab\ufffd'), (98, False, 'xa')):
         args.no_stop = no_stop
-        sample.print_continued(Likes([97, 98, 255] * 2), {**meta, 'eot_id': eot}, 'x', args)
+        sample.print_continued(Likes([97, 98, 255] * 2), {**meta, 'eot_id': eot}, args)
         second = capsys.readouterr().out.split('-' * 40)[0]
         assert second == f'{text}\n'
     prompt = 'a<|endoftext|>[MASK]'
@@ -166,7 +166,8 @@ def test_each_gap_shows_its_own_answers(kind, monkeypatch, capsys):
     monkeypatch.setattr(sample, 'fill', lambda model, ids, *_: found.append(ids) or guesses)
     letters = sample.tokenizer('bytes')
     monkeypatch.setattr(sample, 'tokenizer', lambda name: letters)
-    sample.print_filled(Likes(), dict(tokenizer=kind, mask_id=256, vocab_size=256), 'x [MASK]y[MASK][MASK] z')
+    args = SimpleNamespace(prompt='x [MASK]y[MASK][MASK] z')
+    sample.print_filled(Likes(), dict(tokenizer=kind, mask_id=256, vocab_size=256), args)
     space = [ord(' ')] if kind == 'bytes' else []  # a GPT-2 token begins with the space before it
     assert found == [[ord('x'), *space, 256, ord('y'), 256, 256, ord(' '), ord('z')]]
     assert capsys.readouterr().out.splitlines() == [
@@ -174,13 +175,14 @@ def test_each_gap_shows_its_own_answers(kind, monkeypatch, capsys):
         "[MASK] 1: 'a' 50.0%  'b' 25.0%", "[MASK] 2: 'c' 75.0%  'd' 12.5%", "[MASK] 3: 'e' 100.0%"]
 
 
-def test_which_checkpoint(main, runs):
+def test_which_checkpoint(main, runs, capsys):
     """The newest run, its best weights, or its last ones if there is no best yet; damage is one line."""
     newest = max(Path('out').glob('*/ckpt_last.pt'), key=lambda path: path.stat().st_mtime).parent
     assert sample.load_run()[1]['settings'] == sample.load_run(newest, 'best')[1]['settings']
     runs.process('sample.py', '--out_dir', 'out/composite-causal-code', '--max_new_tokens', 3)
     Path('early').mkdir()
     shutil.copy('out/composite-causal-code/ckpt_last.pt', 'early')
+    capsys.readouterr()
     assert main('--out_dir', 'early', '--max_new_tokens', 3).err.startswith('early/ckpt_last.pt: step 60')
     assert 'early/ckpt_best.pt' in main('--out_dir', 'early', '--ckpt', 'best', code=2).err
     good = torch.load('early/ckpt_last.pt', weights_only=True)

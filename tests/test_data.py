@@ -58,7 +58,7 @@ def refused(capsys):
         before = sorted(Path('.').glob('data/[!.]*'))
         with pytest.raises(SystemExit) as stop:
             function(*words, **named)
-        lines = [line for line in capsys.readouterr().err.splitlines() if 'Only train and val are used' not in line]
+        lines = [line for line in capsys.readouterr().err.splitlines() if 'The rest is unused' not in line]
         assert stop.value.code == 2 and len(lines) == 1, lines
         assert sorted(Path('.').glob('data/[!.]*')) == before and not list(Path('.').glob('data/.*.tmp'))
         return lines[0]
@@ -197,7 +197,8 @@ def test_held_out_text_is_never_trained_on(here, capsys, files, train, val):
     got = [bytes(ids) for ids in prepared('d')[1].values()] if val else [joined('d'), b'']
     assert [part.rstrip(b'\xff') for part in got] == expected
     said = capsys.readouterr().err.splitlines()[0]
-    assert f'train: {len(train.split(", "))} files ({train})' in said and (not val or f'val: 1 files ({val})' in said)
+    assert f'train: {len(train.split(", "))} files ({train})' in said
+    assert (f'val: 1 files ({val})' if val else 'val: the last tenth') in said
     assert ('a.png)' in said) == ('a.png' in files) and '.git' not in said
 
 

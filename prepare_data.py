@@ -158,7 +158,7 @@ def split_folder(root):
                      for part, names in parts.items() if names)
     if not parts['train']:
         die(f'--path {root} has no text to train on ({said}); known types: {" ".join(TEXT)} .jsonl .parquet .gz .xz')
-    print(f'{root}: {said}{"" if parts["val"] else "; val: the last tenth of train"}. The rest is unused', file=sys.stderr)
+    print(f'{root}: {said}{"" if parts["val"] else "; val: the last tenth"}. The rest is unused', file=sys.stderr)
     return {part: [root / name for name in parts[part]] for part in ('train', 'val') if parts[part]}
 
 

@@ -1,7 +1,6 @@
 """prepare_data.py: the right ids from every kind of file, held-out text held out, nothing half-made or replaced."""
 import gzip
 import hashlib
-import io
 import json
 import lzma
 import os
@@ -103,20 +102,18 @@ def test_enwik8_leaves_its_test_text_out(here, monkeypatch, refused):
     assert prepare_data.ENWIK8_BYTES == (90_000_000, 5_000_000, 5_000_000)
     monkeypatch.setattr(prepare_data, 'ENWIK8_BYTES', (901, 50, 49))
     raw = 'é'.encode() * 450 + b'x' + 'ü'.encode() * 24 + b'\xc3y' + b'T' * 49
-    Path('plain').write_bytes(raw)
-    Path('enwik8.xz').write_bytes(lzma.compress(raw))
+    put('plain', raw)
+    put('enwik8.xz', lzma.compress(raw))
     with zipfile.ZipFile('zip', 'w') as archive:
         archive.writestr('enwik8', raw)
-    asked = []
-    monkeypatch.setattr(prepare_data.urllib.request, 'urlopen',
-                        lambda url, timeout: asked.append(url) or io.BytesIO(Path('zip').read_bytes()))
+    answers = {'http://mattmahoney.net/dc/enwik8.zip': open('zip', 'rb')}
+    monkeypatch.setattr(prepare_data.urllib.request, 'urlopen', lambda url, timeout: answers.pop(url))
     for path in (None, 'plain', 'enwik8.xz'):
         prepare('enwik8', path=path, overwrite=True)
         meta, ids = prepared('enwik8')
         assert [bytes(x) for x in ids.values()] == [raw[:901], raw[901:951]] and meta['val_bytes'] == 50
-    assert asked == ['http://mattmahoney.net/dc/enwik8.zip']
     for wrong in (raw[:-1], raw + b'T'):
-        Path('plain').write_bytes(wrong)
+        put('plain', wrong)
         assert '1,000 bytes' in refused(prepare, 'enwik8', path='plain', overwrite=True)
 
 
@@ -355,22 +352,7 @@ def test_what_is_there_is_kept_or_refused(here, main, refused, capsys, monkeypat
         assert f'data/novel is damaged ({name}' in line and 'prepare it again' in line
 
 
-@pytest.mark.parametrize('words, said', [
-    ('--dataset nonsense', "'nonsense' shakespeare, enwik8, python --path"),
-    ('--dataset ../x --path novel.txt', "'../x' letters"),
-    ('--path held', 'held no text to train on test.txt dev.txt a.png known types .jsonl'),
-    ('--path empty.txt', 'empty.txt too little text'),
-    ('--path broken.xz', 'broken.xz EOFError'),
-    ('--path columns.jsonl', "'text' title"),
-    ('--path columns.parquet', "columns.parquet 'text'"),
-    ('--path torn.jsonl', 'torn.jsonl JSON'),
-    ('--path  --dataset x', '--path must not be empty'),
-    ('--tokenizer words', "'words' bytes gpt2"),
-    ('--path data/mine', 'data/mine no prepared data set'),
-    ('--path data/made/a.txt --dataset made --overwrite', 'would be replaced'),
-    ('--path novel.txt --data_dir novel.txt', 'novel.txt'),
-])
-def test_refused(here, main, refused, words, said):
+def test_refused(here, main, refused):
     """One line on stderr that says what is allowed, exit 2, nothing made; the source is never the target."""
     contents = {'empty.txt': b'', 'novel.txt': RAW, 'held/a.png': b'', 'held/test.txt': RAW, 'held/dev.txt': RAW,
                 'broken.xz': lzma.compress(RAW)[:-50],
@@ -379,8 +361,22 @@ def test_refused(here, main, refused, words, said):
     for name, content in contents.items():
         put(name, content)
     parquet.write_table(pa.table({'title': ['a']}), 'columns.parquet')
-    line = refused(main, *words.split(' '))
-    assert line.startswith('prepare_data.py: ') and all(part in line for part in said.split()), line
+    for words, said in (
+            ('--dataset nonsense', "'nonsense' shakespeare, enwik8, python --path"),
+            ('--dataset ../x --path novel.txt', "'../x' letters"),
+            ('--path held', 'held no text to train on test.txt dev.txt a.png known types .jsonl'),
+            ('--path empty.txt', 'empty.txt too little text'),
+            ('--path broken.xz', 'broken.xz EOFError'),
+            ('--path columns.jsonl', "'text' title"),
+            ('--path columns.parquet', "columns.parquet 'text'"),
+            ('--path torn.jsonl', 'torn.jsonl JSON'),
+            ('--path  --dataset x', '--path must not be empty'),
+            ('--tokenizer words', "'words' bytes gpt2"),
+            ('--path data/mine', 'data/mine no prepared data set'),
+            ('--path data/made/a.txt --dataset made --overwrite', 'would be replaced'),
+            ('--path novel.txt --data_dir novel.txt', 'novel.txt')):
+        line = refused(main, *words.split(' '))
+        assert line.startswith('prepare_data.py: ') and all(part in line for part in said.split()), line
     assert all(Path(name).read_bytes() == content for name, content in contents.items())
 
 

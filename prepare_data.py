@@ -73,7 +73,7 @@ def preparing(name):
             'or add --tokenizer bytes, which takes the bytes of any file')
     except Exception as e:
         advice = ". Without a network: a local copy with --path; GPT-2's vocabulary in TIKTOKEN_CACHE_DIR (README.md)"
-        network = isinstance(e, (ConnectionError, TimeoutError, urllib.request.URLError))
+        network = isinstance(e, (ConnectionError, TimeoutError)) or re.match('requests|httpx|urllib', type(e).__module__)
         die(f'{name} cannot be prepared: {type(e).__name__}: {str(e)[:300]}{advice if network else ""}')
 
 
@@ -86,7 +86,7 @@ def enwik8(path):
     with opened if path is None else file_type(path)[0](path, 'rb') as f:
         parts = {'train': f.read(n_train), 'val': f.read(n_val)}
         if len(f.read(n_test + 1)) != n_test:
-            die(f'{path} does not have the {sum(ENWIK8_BYTES):,} bytes of enwik8; another text needs another --dataset')
+            die(f'{path or "the download"} does not have the {sum(ENWIK8_BYTES):,} bytes of enwik8; see --dataset')
     return {part: from_text(io.BytesIO(text), False, True) for part, text in parts.items()}
 
 

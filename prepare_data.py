@@ -73,7 +73,7 @@ def preparing(name):
             'or add --tokenizer bytes, which takes the bytes of any file')
     except Exception as e:
         advice = ". Without a network: a local copy with --path; GPT-2's vocabulary in TIKTOKEN_CACHE_DIR (README.md)"
-        network = isinstance(e, (ConnectionError, TimeoutError)) or re.match('requests|httpx|urllib', type(e).__module__)
+        network = isinstance(e, (ConnectionError, TimeoutError)) or re.match('requests|http|urllib', type(e).__module__)
         die(f'{name} cannot be prepared: {type(e).__name__}: {str(e)[:300]}{advice if network else ""}')
 
 
@@ -300,7 +300,7 @@ def load(folder):
             raise ValueError('its sizes are not possible')
         for part in ('train', 'val'):
             name = f'{part}.bin'
-            ids[part] = np.memmap(Path(folder, name), meta['dtype'], 'r')
+            ids[part] = np.memmap(Path(folder, name), np.uint16, 'r')
             digest = hashlib.sha256(ids[part]).hexdigest()
             if (len(ids[part]), digest) != (meta[f'{part}_tokens'], meta['sha256'][part]):
                 raise ValueError('its ids are not those that meta.json describes')

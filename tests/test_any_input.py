@@ -92,7 +92,6 @@ def test_files_of_any_bytes(tmp_path_factory, content):
     for name in ('meta.json', 'ckpt_last.pt'):
         (folder / name).write_bytes(content)
     assert 'is damaged' in refused(prepare_data.load, folder)
-    assert 'is damaged' in refused(prepare_data.keep_or_refuse, folder, 'origin', 'bytes')
     assert 'is damaged' in refused(common.load_checkpoint, folder / 'ckpt_last.pt')
     refused(common.read_config, folder / 'meta.json')
 
@@ -102,7 +101,7 @@ def small(tmp_path_factory):
     """A data set of 200 ids, and what train.py's save() writes after a step, as a dict."""
     folder = tmp_path_factory.mktemp('small')
     (folder / 'text.txt').write_bytes(bytes(range(100)) * 2)
-    prepare_data.prepare('text', path=folder / 'text.txt', data_dir=folder)
+    prepare_data.prepare('text', 'bytes', folder / 'text.txt', folder)
     run = run_on(folder / 'text')
     model, _, optimizer = script.build(run, model_nope, False)
     model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))[1].backward()

@@ -28,7 +28,7 @@ PLANTED = [
     ('prepare_data.py', "(temporary / 'old').rename(folder)\n", 'pass\n',
      f'{DATA}::test_interrupted_while_swapping'),
     ('prepare_data.py', "(len(ids[part]), digest) != (meta[f'{part}_tokens'], meta['sha256'][part])",
-     "len(ids[part]) != meta[f'{part}_tokens']", f'{DATA}::test_damage_is_refused'),
+     "len(ids[part]) != meta[f'{part}_tokens']", f'{DATA}::test_what_is_there_is_kept_or_refused'),
     ('prepare_data.py', 'os.replace(temporary, path)', 'shutil.copy(temporary, path)',
      f'{DATA}::test_die_and_atomic_write'),
     ('sample.py', 'logits.argsort(descending=True, stable=True)[top_k:]',

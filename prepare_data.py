@@ -1,450 +1,330 @@
 """
-Text -> data/<name>/train.bin, val.bin and meta.json. train.py calls this by itself when a data set is missing.
+Text -> data/<name>/train.bin, val.bin (token ids, uint16), meta.json. train.py calls it if a data set is missing.
 
-    python prepare_data.py --dataset python                      # Python's own standard library as bytes: no download
-    python prepare_data.py --dataset wikitext2                   # fetched through `datasets`, GPT-2's tokens
-    python prepare_data.py --path novel.txt --tokenizer bytes    # your own file or folder -> data/novel
+    python prepare_data.py --path novel.txt --tokenizer gpt2     # your own file or folder -> data/novel
 
-The .bin files are plain token ids, one after the other (np.memmap reads them). They hold no [MASK]: its id is the first
-one after the tokenizer's last. Text is read in small pieces, so memory stays small whatever the size of the corpus.
+Each document ends with eot_id: GPT-2's <|endoftext|>, or 255 for bytes, because UTF-8 text never holds it. A single
+text of bytes has none. train_bytes and val_bytes count text only. Words such as train, valid, dev and test in the names
+of files and folders say what a file is for. Test text is left out; without validation text, it is the last tenth.
 """
 import argparse
+import contextlib
 import gzip
 import hashlib
+import io
+import itertools
 import json
 import lzma
 import os
 import re
 import shutil
 import signal
-import socket
 import sys
-import time
-import zlib
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
 
-PIECE = 2 ** 18  # characters; larger pieces do not fit into the processor's cache
-SMALL = 2 ** 26  # bytes of a file whose checksum load() compares: 2 ms a MB
-MEDIUM = 2 ** 30  # bytes of a file whose ids load() looks through: 0.1 ms a MB
-SHAKESPEARE = Path(__file__).resolve().parent / 'shakespeare.txt'  # in the repository
-# fetched through `datasets`: where, arguments, validation split or None, whether each row is a document, tokenizer
-CORPORA = {
-    'shakespeare': (SHAKESPEARE, {}, None, True, 'bytes'),
-    'wikitext2': ('Salesforce/wikitext', dict(name='wikitext-2-raw-v1'), 'validation', False, 'gpt2'),
-    'wikitext103': ('Salesforce/wikitext', dict(name='wikitext-103-raw-v1'), 'validation', False, 'gpt2'),
-    'tinystories': ('roneneldan/TinyStories', {}, 'validation', True, 'gpt2'),
-    'fineweb-edu': ('HuggingFaceFW/fineweb-edu', dict(name='sample-10BT'), None, True, 'gpt2'),
-    'wikipedia': ('wikimedia/wikipedia', dict(name='20231101.en'), None, True, 'gpt2'),
-}
-NAMES = 'python, ' + ', '.join(CORPORA)
-# what is read from a folder; text files also with .gz or .xz after their suffix
-TEXT = 'txt text md rst tex raw tokens py c h cpp hpp cu rs go java js ts sh jl r lua'
-SUFFIXES = rf'\.({TEXT.replace(" ", "|")})(\.gz|\.xz)?|\.jsonl|\.parquet|^[^.]+\.(gz|xz)'  # enwik8.xz is text, too
-KNOWN_TYPE = re.compile(f'({SUFFIXES})$', re.IGNORECASE)
+PIECE = 2 ** 18  # characters that are encoded at once
+ENWIK8_BYTES = 90_000_000, 5_000_000, 5_000_000  # train, validation, test
+ORIGINS = {'shakespeare': 'shakespeare.txt of the repository', 'enwik8': 'http://mattmahoney.net/dc/enwik8.zip',
+           'python': f'standard library of Python {sys.version.split()[0]}'}
+# downloaded with `datasets`: repository, configuration, validation split, whether a row is a document (or a line)
+HUB = {'wikitext2': ('Salesforce/wikitext', 'wikitext-2-raw-v1', 'validation', False),
+       'wikitext103': ('Salesforce/wikitext', 'wikitext-103-raw-v1', 'validation', False),
+       'tinystories': ('roneneldan/TinyStories', None, 'validation', True),
+       'fineweb-edu': ('HuggingFaceFW/fineweb-edu', 'sample-10BT', None, True),
+       'wikipedia': ('wikimedia/wikipedia', '20231101.en', None, True)}
+TEXT = '.txt .text .md .rst .tex .raw .tokens .py .c .h .cpp .hpp .cu .rs .go .java .js .ts .sh .jl .r .lua'.split()
+ROWS = '.jsonl', '.json', '.parquet'
+WORDS = {'test': {'test'}, 'val': {'val', 'valid', 'validation', 'dev'}, 'train': {'train', 'training'}}
 
 
 def die(message, code=2):
-    """Print one line on stderr and exit. Code 2: wrong input, printed by local rank 0. Code 1: a failure of this process."""
+    """Print one line on stderr and exit. Code 2: user error, printed by local rank 0. Code 1: printed by every rank."""
     if code == 1 or os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'{Path(sys.argv[0]).name}: {" ".join(str(message).split())}', file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def atomic_write(path, put):
-    """Call put(file) on a temporary file, fsync it and move it to `path`: a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + '.tmp')
+    """put(file) writes a temporary file, which then replaces `path`. Raises OSError, with `path` unchanged."""
+    temporary = path.with_name(f'{path.name}.tmp')
     try:
         with open(temporary, 'wb') as f:
             put(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError when the disk is full
+        raise OSError(f'{path} could not be written: {e}') from e
     finally:
         temporary.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sources: generators of (text, whether a document ends here)
-
-def standard_library():
-    """The .py files of the running Python without its tests: 12 MB. Their order is shuffled, but always the same."""
-    root = Path(os.__file__).parent
-    left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test'}
-    names = [p.relative_to(root) for p in root.rglob('*.py')]
-    for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest()):
-        if not left_out & set(name.parts):
-            yield (root / name).read_text(encoding='utf-8', errors='replace'), True
-
-
-def from_datasets(where, split, rows_are_documents, **arguments):
-    """The column 'text' of a data set of the hub, or of a .jsonl or .parquet file, row by row."""
-    origin = arguments.get('data_files', where)
+@contextlib.contextmanager
+def preparing(name):
+    """Turn the errors of many libraries into one line. Advice about the network is for errors of the network only."""
     try:
-        import datasets
-        import huggingface_hub
-        huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported below, once
-        for n, row in enumerate(datasets.load_dataset(where, split=split, streaming=True, **arguments)):
-            if not isinstance(row.get('text'), str):
-                die(f"row {n} of {origin} has no text in a column 'text'; its columns are {', '.join(row)}")
-            yield row['text'], rows_are_documents
-    except Exception as e:  # no network, no such file, a damaged one: errors of many libraries become one line
-        reason = ' '.join(str(e).split())[:300]
-        die(f'`datasets` cannot read {origin}: {type(e).__name__}: {reason}. '
-            'Without a network, give prepare_data.py a local copy with --path')
+        yield
+    except UnicodeError as e:
+        die(f'{name} is not UTF-8 text ({getattr(e, "reason", e)}): unpack an archive, convert UTF-16 with iconv, '
+            'or add --tokenizer bytes, which takes the bytes of any file')
+    except Exception as e:
+        advice = ". Without a network: a local copy with --path; GPT-2's vocabulary in TIKTOKEN_CACHE_DIR (README.md)"
+        network = isinstance(e, (ConnectionError, TimeoutError)) or re.match('requests|http|urllib', type(e).__module__)
+        die(f'{name} cannot be prepared: {type(e).__name__}: {str(e)[:300]}{advice if network else ""}')
 
 
-def from_file(path, errors):
-    """A .jsonl or .parquet file row by row, any other file (.gz and .xz unpacked) as one text."""
-    suffix = path.suffix.lower()
-    if suffix in ('.jsonl', '.parquet'):
-        reader = 'json' if suffix == '.jsonl' else 'parquet'
-        yield from from_datasets(reader, 'train', True, data_files=str(path))
-        return
-    open_text = {'.gz': gzip.open, '.xz': lzma.open}.get(suffix, open)
-    try:
-        with open_text(path, 'rt', encoding='utf-8', errors=errors, newline='') as f:
-            while text := f.read(PIECE):
-                yield text, False
-    except UnicodeDecodeError as e:
-        die(f'{path} is not UTF-8 text ({e.reason}): use --tokenizer bytes, which takes any file, '
-            'or convert it to UTF-8, for example with iconv')
-    except (lzma.LZMAError, zlib.error, EOFError, OSError) as e:
-        die(f'{path} cannot be read (.gz and .xz are unpacked): {e}')
-    yield '', True
+def enwik8(path):
+    """A file (plain, .gz, .xz) or, with None, the download -> sources of its first 90 and next 5 million bytes."""
+    if path is None:
+        archive = urllib.request.urlopen(ORIGINS['enwik8'], timeout=60).read()
+        opened = zipfile.ZipFile(io.BytesIO(archive)).open('enwik8')
+    n_train, n_val, n_test = ENWIK8_BYTES
+    with opened if path is None else file_type(path)[0](path, 'rb') as f:
+        parts = {'train': f.read(n_train), 'val': f.read(n_val)}
+        if len(f.read(n_test + 1)) != n_test:
+            die(f'{path or "the download"} does not have the {sum(ENWIK8_BYTES):,} bytes of enwik8; see --dataset')
+    return {part: from_text(io.BytesIO(text), False, True) for part, text in parts.items()}
 
 
-def find_files(path):
-    """A file by itself, whatever its type; of a folder all files of a known type that are not hidden."""
-    if path.exists() and not path.is_dir():
-        return [path]
-    files = sorted(p for p in path.rglob('*') if p.is_file())
-    files = [p for p in files if not re.search(r'(^|/)\.', p.relative_to(path).as_posix())]
-    known = [p for p in files if KNOWN_TYPE.search(p.name)]
-    skipped = [p.name for p in files if not KNOWN_TYPE.search(p.name)]
-    if not known:
-        die(f'--path {path} is no file and no folder with files of a known type: {TEXT} (also .gz .xz) jsonl parquet')
-    say_skipped(skipped, files, 'of unknown type')
-    return known
-
-
-def say_skipped(names, files, why):
-    if names:
-        shown = ', '.join(names if len(names) <= 5 else [*names[:5], '...'])
-        print(f'skipped {len(names)} of {len(files)} files, {why}: {shown}', file=sys.stderr)
-
-
-def split_by_name(files):
-    """-> {'train': files, 'val': files} if names such as a.train.raw and a.valid.raw say so, else {'train': files}."""
-    parts = {'train': [], 'val': []}
-    others = []
-    for file in files:
-        words = re.findall(r'(?:^|[._-])(train|val|dev)(?:id|idation)?(?=[._-])', file.name)
-        (parts['train' if words[-1] == 'train' else 'val'] if words else others).append(file)
-    if not (parts['train'] and parts['val']):
-        return {'train': files}
-    say_skipped([file.name for file in others], files, 'named neither train nor valid')
-    return parts
-
-
-def open_sources(dataset, path, tokenizer):
-    """-> origin of the text, and {'train': source} with 'val' where there is one. Nothing is read yet."""
-    if path is not None:
-        errors = 'surrogateescape' if tokenizer == 'bytes' else 'strict'  # as bytes, anything comes through unchanged
-        parts = split_by_name(find_files(Path(path)))
-        sources = {part: (row for file in files for row in from_file(file, errors)) for part, files in parts.items()}
-        return str(Path(path).resolve()), sources
-    if dataset == 'python':
-        return f'standard library of Python {sys.version.split()[0]}', {'train': standard_library()}
-    where, arguments, validation, rows_are_documents, _ = CORPORA[dataset]
-    if dataset == 'shakespeare':
-        return where.name, {'train': from_file(where, 'strict')}
-    sources = {'train': from_datasets(where, 'train', rows_are_documents, **arguments)}
-    if validation:
-        sources['val'] = from_datasets(where, validation, rows_are_documents, **arguments)
-    return where, sources
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# text -> ids
-
-def pieces(source):
-    """(text, end) -> lists of (text, end) of about PIECE characters.
-
-    A long text is cut where white space follows something else. GPT-2's pattern never joins those two, so the tokens
-    are those of the whole text.
-    """
-    piece = []
-    size = 0
-    held = ''  # the part of a text that is in no piece yet
-    for text, end in source:
-        held += text
-        if not end and len(held) < PIECE:
+def from_rows(rows, name, documents):
+    """The texts of rows, dicts with the key 'text': documents, or lines of one text. Counts rows without text."""
+    row, found, skipped = {}, 0, 0
+    for row in rows:
+        text = row.get('text')
+        if not isinstance(text, str) or documents and not text:
+            skipped += 1
             continue
-        last_space = None if end else re.match(r'(?s).*\S(?=[ \n])', held)
-        cut = last_space.end() if last_space else len(held)
-        piece.append((held[:cut], end))
-        held = held[cut:]
-        size += cut
-        if size >= PIECE // 2:  # the cut made the text a little shorter than PIECE
-            yield piece
-            piece = []
-            size = 0
-    yield piece + [(held, False)]
+        found += 1
+        text = text if documents else (text.removesuffix('\n') or ' ') + '\n'  # WikiText: the line ' \n' is a row ''
+        yield text.encode('utf-8', 'replace').decode(), documents  # JSON may hold half of a surrogate pair
+    if not found:
+        die(f"{name} has no text in a column 'text'; its columns are {', '.join(row)}")
+    if skipped:
+        print(f'{name}: skipped {skipped:,} of {found + skipped:,} rows, which have no text', file=sys.stderr)
+
+
+def file_type(path):
+    """-> function that opens a file and unpacks .gz and .xz, its suffix without those, in lower case."""
+    name = Path(path.name.lower())
+    unpack = {'.gz': gzip.open, '.xz': lzma.open}.get(name.suffix)
+    return (unpack, name.with_suffix('').suffix) if unpack else (open, name.suffix)
+
+
+def from_text(file, documents, any_bytes):
+    """One text. any_bytes: what is not UTF-8 is kept, except the byte that ends a document."""
+    reader = io.TextIOWrapper(file, 'utf-8', 'surrogateescape' if any_bytes else 'strict', newline='')
+    while text := reader.read(PIECE):
+        if '\0' in text and not any_bytes:
+            raise UnicodeError('it holds the byte 0')
+        if '\udcff' in text and documents:
+            raise ValueError('it holds the byte 255, which ends a document: prepare this file by itself')
+        yield text, False
+    yield '', documents
+
+
+def from_file(path, documents, any_bytes):
+    """A .jsonl, .json (one object per line) or .parquet file row by row, any other file as one text."""
+    unpack, suffix = file_type(path)
+    with preparing(path), unpack(path, 'rb') as f:
+        if suffix == '.parquet':
+            import pyarrow.parquet
+            batches = pyarrow.parquet.ParquetFile(f).iter_batches(1000, columns=['text'])
+            yield from from_rows(itertools.chain.from_iterable(b.to_pylist() for b in batches), path, documents)
+        elif suffix in ROWS:
+            yield from from_rows((json.loads(line) for line in f if line.strip()), path, documents)
+        else:
+            yield from from_text(f, documents, any_bytes)
+
+
+def split_folder(root):
+    """-> {'train': files} and 'val' if there is validation text. Prints in one line what was taken for what."""
+    parts = dict(train=[], val=[], test=[], other=[], unknown=[])
+    for file in sorted(root.rglob('*')):
+        name = file.relative_to(root).as_posix()
+        if '/.' in f'/{name}' or file.is_dir() and not file.is_symlink():  # a link to a folder is 'unknown'
+            continue
+        words = set(re.findall('[a-z]+', f'{name} {os.path.relpath(file.resolve(), root.resolve())}'.lower()))
+        unpack, suffix = file_type(file)
+        known = suffix in (*TEXT, '.jsonl', '.parquet') or unpack is not open and suffix in ('', '.json')
+        part = next((part for part, some in WORDS.items() if words & some), 'other')  # test before val before train
+        parts[part if known and file.is_file() else 'unknown'].append(name)
+    if not (parts['train'] and (parts['val'] or parts['test'])):  # otherwise, the others may repeat held-out text
+        parts['train'] = sorted(parts['train'] + parts.pop('other'))
+    said = '; '.join(f'{part}: {len(names)} files ({", ".join(names[:5])}{", ..." * (len(names) > 5)})'
+                     for part, names in parts.items() if names)
+    if not parts['train']:
+        die(f'--path {root} has no text to train on ({said}); known types: {" ".join(TEXT)} .jsonl .parquet .gz .xz')
+    print(f'{root}: {said}{"" if parts["val"] else "; val: the last tenth"}. The rest is unused', file=sys.stderr)
+    return {part: [root / name for name in parts[part]] for part in ('train', 'val') if parts[part]}
+
+
+def open_sources(dataset, path, any_bytes):
+    """-> {'train': source}, perhaps with 'val', whether there are documents. Sources yield (text, if one ends here)."""
+    if dataset == 'enwik8':
+        return enwik8(path), False
+    documents = HUB[dataset][3] if dataset in HUB else True
+    if path is None and dataset in HUB:
+        os.environ.setdefault('HF_HUB_VERBOSITY', 'error')  # it reports every retry
+        import datasets
+        name, configuration, val, _ = HUB[dataset]
+        rows = {part: datasets.load_dataset(name, configuration, split=split, streaming=True)
+                for part, split in (('train', 'train'), ('val', val)) if split}
+        return {part: from_rows(rows[part], name, documents) for part in rows}, documents
+    if path is None and dataset == 'python':
+        root = Path(os.__file__).parent
+        left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', 'distutils'}
+        names = [file.relative_to(root).as_posix() for file in root.rglob('*.py')]
+        names.sort(key=lambda name: (hashlib.sha256(name.split('/')[0].encode()).digest(), name))  # by package
+        parts = {'train': [root / name for name in names if not left_out & set(name.split('/'))]}
+    else:
+        path = path or Path(__file__).with_name('shakespeare.txt')
+        parts = split_folder(path) if path.is_dir() else {'train': [path]}
+    documents &= not all(len(files) == 1 and file_type(files[0])[1] not in ROWS for files in parts.values())
+    return {part: itertools.chain.from_iterable(from_file(file, documents, any_bytes) for file in files)
+            for part, files in parts.items()}, documents
 
 
 def load_tiktoken(name):
-    try:
+    """-> an encoding of tiktoken, which downloads its vocabulary on first use."""
+    with preparing(f'tokenizer {name}'):
         import tiktoken
         return tiktoken.get_encoding(name)
-    except ModuleNotFoundError as e:
-        die(f'the tokenizer {name} needs {e.name}, which is not installed: pip install tiktoken')
-    except Exception as e:  # tiktoken fetches its vocabulary on first use
-        die(f'tiktoken cannot load {name}: {type(e).__name__}. Without a network, set TIKTOKEN_CACHE_DIR to a folder '
-            'with its vocabulary (see Data in README.md)')
 
 
-def load_tokenizer(name):
-    """-> function from a list of (text, end) to ids, and the bytes of text in each id of the vocabulary."""
-    if name == 'bytes':
-        def encode_bytes(piece):
-            text = ''.join(text for text, _ in piece)
-            return np.frombuffer(text.encode('utf-8', 'surrogateescape'), np.uint8)
-        return encode_bytes, np.ones(256, np.int64)
-    tokens = load_tiktoken(name)
-
-    def encode(piece):
-        ids = []
-        for text, end in piece:
-            ids.append(tokens.encode_to_numpy(text, disallowed_special=()))
-            if end:
-                ids.append(np.array([tokens.eot_token], np.uint32))
-        return np.concatenate(ids)
-    lengths = np.array([len(tokens.decode_single_token_bytes(i)) for i in range(tokens.n_vocab)])
-    lengths[tokens.eot_token] = 0  # the mark of a document's end is no text
-    return encode, lengths
-
-
-def encode_all(encode, source):
-    """encode(piece) for each piece of the source, in order, on every core: tiktoken releases Python's lock."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    waiting = deque()
-    with ThreadPoolExecutor(cores) as pool:
-        for piece in pieces(source):
-            waiting.append(pool.submit(encode, piece))
-            if len(waiting) > 2 * cores:  # read no further ahead
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def write_ids(path, source, encode, lengths, dtype):
-    """Encode a stream of text into a file -> (ids, bytes of text)."""
-    ids = 0
-    size = 0
-    began = time.time()
-    shown = began
+def write_ids(path, source, documents, tokens, eot):
+    """Encode a source -> ids, bytes of text. It is cut before white space: GPT-2's pattern never joins across that."""
+    ids = size = 0
+    held = ''  # text that is not encoded yet
     with open(path, 'wb') as f:
-        for new_ids in encode_all(encode, source):
-            f.write(new_ids.astype(dtype).tobytes())
-            ids += len(new_ids)
-            size += int(lengths[new_ids].sum())
-            if sys.stderr.isatty() and time.time() - shown > 0.2:
-                shown = time.time()
-                print(f'{path.stem}: {size / 1e6:,.1f} MB, {ids:,} ids', end='\r', file=sys.stderr)
-    seconds = time.time() - began
-    print(f'{path.stem}: {size / 1e6:,.1f} MB, {ids:,} ids in {seconds:.1f} s', file=sys.stderr)
+        for text, end in itertools.chain(source, [('', not documents)]):
+            held += text
+            if len(held) < PIECE and not end:
+                continue
+            last_space = None if end else re.match(r'(?s).*\S(?=[ \n])', held)
+            cut = last_space.end() if last_space else len(held)
+            raw = held[:cut].encode('utf-8', 'surrogateescape')
+            new = tokens.encode_ordinary(held[:cut]) if tokens else np.frombuffer(raw, np.uint8)
+            new = np.append(new, [eot] if end and eot is not None else []).astype(np.uint16)
+            held = held[cut:]
+            new.tofile(f)
+            ids += len(new)
+            size += len(raw)
     return ids, size
 
 
-def cut_validation(folder, ids, size, lengths, dtype):
-    """Move the last tenth of train.bin, at most five million ids, to val.bin -> {part: (ids, bytes of text)}."""
-    n = min(ids // 10, 5_000_000)
-    tail = np.fromfile(folder / 'train.bin', dtype, offset=(ids - n) * dtype.itemsize)
-    tail.tofile(folder / 'val.bin')
-    os.truncate(folder / 'train.bin', (ids - n) * dtype.itemsize)
-    tail_size = int(lengths[tail].sum())
-    return {'train': (ids - n, size - tail_size), 'val': (n, tail_size)}
+def write_all(folder, sources, documents, origin, tokenizer):
+    """Write train.bin, val.bin and meta.json into the folder."""
+    tokens = None if tokenizer == 'bytes' else load_tiktoken(tokenizer)
+    eot = tokens.eot_token if tokens else 255 if documents else None
+    vocab_size = tokens.n_vocab if tokens else 256
+    counts = {part: write_ids(folder / f'{part}.bin', source, documents, tokens, eot)
+              for part, source in sources.items()}
+    if 'val' not in counts:  # move the end of train.bin
+        n, size = counts['train']
+        n_train = max(n * 9 // 10, n - 5_000_000)
+        val = np.fromfile(folder / 'train.bin', np.uint16, offset=2 * n_train)
+        val.tofile(folder / 'val.bin')
+        os.truncate(folder / 'train.bin', 2 * n_train)
+        text = val[val != eot].tolist() if documents or tokens else val
+        val_size = sum(len(tokens.decode_single_token_bytes(i)) for i in text) if tokens else len(text)
+        counts = {'train': (n_train, size - val_size), 'val': (n - n_train, val_size)}
+    meta = dict(tokenizer=tokenizer, vocab_size=vocab_size, mask_id=vocab_size, eot_id=eot, dtype='uint16')
+    meta |= dict(source=origin, sha256={})
+    for part, (n, size) in counts.items():
+        if not size:
+            die(f'too little text in {origin}: nothing is left for {part}')
+        meta |= {f'{part}_tokens': n, f'{part}_bytes': size}
+        meta['sha256'][part] = hashlib.sha256(np.memmap(folder / f'{part}.bin', np.uint8)).hexdigest()
+    atomic_write(folder / 'meta.json', lambda f: f.write(json.dumps(meta, indent=1).encode()))
+    print(f'{meta["train_tokens"]:,} ids to train on, {meta["val_tokens"]:,} to validate, {tokenizer}', file=sys.stderr)
 
 
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while block := f.read(2 ** 24):
-            digest.update(block)
-    return digest.hexdigest()
+def clean_up(folder, temporary):
+    """Remove a temporary folder. A data set that waits there, to be replaced, comes back."""
+    if (temporary / 'old').exists() and not folder.exists():
+        (temporary / 'old').rename(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the folder: made beside its place under a hidden name, and moved there when it is whole
 
 def prepare(dataset, tokenizer=None, path=None, data_dir='data', overwrite=False):
-    """Make data_dir/dataset. If it is there, it is kept or refused; with `overwrite` it is replaced."""
+    """Make data_dir/dataset from a known data set or from `path`, a file or folder. Exits with code 2 if it cannot.
+
+    tokenizer: 'bytes' (of any file), 'gpt2', or None: gpt2 for downloads with `datasets`, else bytes of UTF-8 text.
+    """
     folder = Path(data_dir, dataset)
-    if path is None and dataset != 'python' and dataset not in CORPORA:
-        die(f'there is no data set {dataset!r}; known are {NAMES}; your own: '
-            f'python prepare_data.py --dataset {dataset} --path FILE_OR_FOLDER')
+    path = None if path is None else Path(path)
+    if path is None and dataset not in {**ORIGINS, **HUB}:
+        die(f'--dataset must be {", ".join([*ORIGINS, *HUB])}, or any name with --path, not {dataset!r}')
     if not re.fullmatch(r'[\w.-]*\w[\w.-]*', dataset):
         die(f'--dataset {dataset!r} names a folder: letters, digits, dots, dashes and underscores only')
     if folder.exists() and not (folder / 'meta.json').exists():
         die(f'{folder} exists and is no prepared data set: choose another --dataset name or --data_dir')
-    if path is not None and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+    if path and folder.resolve() in (path.resolve(), *path.resolve().parents):
         die(f'--path {path} is what would be replaced: choose another --dataset name or --data_dir')
-    tokenizer = tokenizer or (CORPORA[dataset][-1] if dataset in CORPORA else 'bytes')
-    origin, sources = open_sources(dataset, path, tokenizer)
+    origin = str(path.resolve()) if path else ORIGINS.get(dataset) or HUB[dataset][0]
+    kind = tokenizer or ('gpt2' if dataset in HUB else 'bytes')
+    temporary = folder.with_name(f'.{dataset}.tmp')
+    with preparing(dataset):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(f'.{dataset}.lock'), 'w') as lock:
+            if os.name == 'posix':
+                import fcntl
+                fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another process; the end of a process unlocks the file
+            clean_up(folder, temporary)  # what a killed run left
+            if folder.exists() and not overwrite:
+                meta = load(folder)[0]
+                if (meta['source'], meta['tokenizer']) != (origin, kind):
+                    die(f'{folder} was prepared from {meta["source"]} (tokenizer {meta["tokenizer"]}), not from '
+                        f'{origin} (tokenizer {kind}): choose another --dataset name, or add --overwrite')
+                return print(f'{folder} is already prepared from {origin}; --overwrite reads it again', file=sys.stderr)
+            try:
+                (temporary / 'new').mkdir(parents=True)
+                write_all(temporary / 'new', *open_sources(dataset, path, tokenizer == 'bytes'), origin, kind)
+                if folder.exists():
+                    folder.rename(temporary / 'old')
+                (temporary / 'new').rename(folder)
+            finally:
+                clean_up(folder, temporary)
 
-    remove_leftovers(folder)
-    if folder.exists() and not overwrite:
-        return keep_or_refuse(folder, origin, tokenizer)
-    temporary = folder.with_name(f'.{dataset}.{socket.gethostname()}.{os.getpid()}.tmp')
-    new = temporary / 'new'
-    old = temporary / 'old'  # what is replaced waits here until the new one is in place
-    new.mkdir(parents=True, exist_ok=True)
+
+def load(folder):
+    """data_dir/dataset -> meta.json (dict), train and validation ids (memory maps). Damage is refused: 1 s per GB."""
+    ids, name = {}, 'meta.json'
     try:
-        meta = write_all(new, sources, origin, tokenizer)
-        try:
-            if overwrite and folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        except OSError:
-            if not (folder / 'meta.json').exists():
-                raise
-            return keep_or_refuse(folder, origin, tokenizer)  # another run, started at the same time, was faster
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)  # interrupted between the two: what was there comes back
-        shutil.rmtree(temporary, ignore_errors=True)
-    ids = f'{meta["train_tokens"]:,} ids to train on, {meta["val_tokens"]:,} to validate'
-    print(f'{folder}: {ids}, {tokenizer}', file=sys.stderr)
-
-
-def write_all(folder, sources, origin, tokenizer):
-    """Write train.bin, val.bin and meta.json into the folder -> what meta.json holds."""
-    encode, lengths = load_tokenizer(tokenizer)
-    vocab_size = len(lengths)
-    dtype = np.dtype('uint16')  # holds the ids of both tokenizers
-    counts = {part: write_ids(folder / f'{part}.bin', text, encode, lengths, dtype) for part, text in sources.items()}
-    if 'val' not in counts:
-        counts = cut_validation(folder, *counts['train'], lengths, dtype)
-    (train_ids, train_bytes), (val_ids, val_bytes) = counts['train'], counts['val']
-    if not (train_ids and val_ids):
-        die(f'too little text in {origin}: {train_ids} ids to train on, {val_ids} to validate')
-    meta = dict(tokenizer=tokenizer, vocab_size=vocab_size, mask_id=vocab_size, dtype=dtype.name,
-                train_tokens=train_ids, train_bytes=train_bytes, val_tokens=val_ids, val_bytes=val_bytes,
-                source=origin, sha256={part: sha256(folder / f'{part}.bin') for part in counts})
-    (folder / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n', encoding='utf-8')
-    return meta
-
-
-def keep_or_refuse(folder, origin, tokenizer):
-    """A data set of this origin and tokenizer stays as it is; another one is refused."""
-    try:
-        meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-        found = f'{meta["source"]} (tokenizer {meta["tokenizer"]})'
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        die(f'{folder} is damaged ({type(e).__name__} {e}): add --overwrite to prepare it again')
-    wanted = f'{origin} (tokenizer {tokenizer})'
-    if found != wanted:
-        die(f'{folder} was prepared from {found}, not from {wanted}: '
-            'choose another --dataset name, or add --overwrite to replace it')
-    print(f'{folder} is already prepared from {found}; add --overwrite if that text has changed', file=sys.stderr)
-
-
-def remove_leftovers(folder):
-    """Delete what runs of this machine left when they were killed outright. Windows cannot tell: there it stays."""
-    if os.name == 'nt':
-        return
-    for left in folder.parent.glob(f'.{folder.name}.{socket.gethostname()}.*.tmp'):
-        try:
-            os.kill(int(left.name.split('.')[-2]), 0)  # signal 0 only asks whether the process is there
-        except ProcessLookupError:
-            shutil.rmtree(left, ignore_errors=True)  # another run may be deleting it too
-        except PermissionError:
-            pass  # it is there, and another user's
-
-
-def check_fields(meta, **kinds):
-    for name, kind in kinds.items():
-        if not isinstance(meta, dict) or type(meta.get(name)) is not kind:
-            raise ValueError(f'it needs {name}, of type {kind.__name__}')
-
-
-def check_vocabulary(meta):
-    """Raise ValueError unless `meta` says what a checkpoint must say of its tokens."""
-    check_fields(meta, tokenizer=str, vocab_size=int, mask_id=int, sha256=dict)
-    if not 0 < meta['vocab_size'] <= meta['mask_id'] < 2 ** 24:
-        raise ValueError('vocab_size must be positive, and mask_id from there to 2^24')
-    if not all(isinstance(digest, str) for digest in meta['sha256'].values()):
-        raise ValueError('sha256 must hold strings')
-
-
-def check_meta(meta):
-    """Raise ValueError unless `meta` can be what write_all() put into meta.json."""
-    check_vocabulary(meta)
-    counts = ('train_tokens', 'train_bytes', 'val_tokens', 'val_bytes')
-    check_fields(meta, dtype=str, source=str, **dict.fromkeys(counts, int))
-    if meta['dtype'] not in ('uint16', 'uint32'):
-        raise ValueError(f'dtype must be uint16 or uint32, not {meta["dtype"]}')
-    if min(meta[name] for name in counts) <= 0:
-        raise ValueError(f'{", ".join(counts)} must be positive')
-
-
-def load(folder, check_data=False):
-    """What prepare() made -> meta.json as a dict, train and validation ids as memory maps. Refuses what is damaged.
-
-    The ids are compared with the vocabulary in files up to MEDIUM, the checksum in files up to SMALL; or in all files.
-    """
-    ids = {}
-    name = 'meta.json'
-    try:
-        meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-        check_meta(meta)
+        meta = json.loads(Path(folder, name).read_text(encoding='utf-8'))
+        if min(meta['train_bytes'], meta['val_bytes']) < 1 or not 0 < meta['vocab_size'] <= meta['mask_id'] < 2 ** 24:
+            raise ValueError('its sizes are not possible')
         for part in ('train', 'val'):
             name = f'{part}.bin'
-            ids[part] = np.memmap(folder / name, dtype=meta['dtype'], mode='r')
-            size = ids[part].nbytes
-            if len(ids[part]) != meta[f'{part}_tokens']:
-                raise ValueError(f'it has {len(ids[part])} ids, not {meta[f"{part}_tokens"]}')
-            if (check_data or size <= MEDIUM) and ids[part].max() >= meta['vocab_size']:
-                raise ValueError(f'it holds the id {ids[part].max()}, the vocabulary ends at {meta["vocab_size"] - 1}')
-            if (check_data or size <= SMALL) and sha256(folder / name) != meta['sha256'].get(part):
-                raise ValueError('its checksum is not the one in meta.json')
-    except (OSError, ValueError, RecursionError) as e:
+            ids[part] = np.memmap(Path(folder, name), np.uint16, 'r')
+            digest = hashlib.sha256(ids[part]).hexdigest()
+            if (len(ids[part]), digest) != (meta[f'{part}_tokens'], meta['sha256'][part]):
+                raise ValueError('its ids are not those that meta.json describes')
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         die(f'{folder} is damaged ({name}: {type(e).__name__} {e}): delete it and prepare it again')
     return meta, ids['train'], ids['val']
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: die(f'{message} (see python prepare_data.py --help)')
-    parser.add_argument('--dataset', help=f'{NAMES}, or a name for the text of --path (default: its name)')
-    parser.add_argument('--tokenizer', choices=('bytes', 'gpt2'), help='default: gpt2 for large corpora, else bytes')
+    parser.add_argument('--dataset', help=f'{", ".join([*ORIGINS, *HUB])}, or a name for the text of --path')
+    parser.add_argument('--tokenizer', choices=('bytes', 'gpt2'), help='default: gpt2 for downloads, else bytes')
     parser.add_argument('--path', help='a file (.txt .gz .xz .jsonl .parquet) or a folder, instead of a download')
     parser.add_argument('--data_dir', default='data', help='where the data sets are (default data)')
     parser.add_argument('--overwrite', action='store_true', help='replace a data set of that name')
-    parser.add_argument('--check_data', action='store_true', help='only compare its ids with the vocabulary and its '
-                        'checksums with meta.json; train.py does so by itself in files up to 1 GiB and 64 MiB')
     args = parser.parse_args()
     if args.path == '':
         die('--path must not be empty')
-    name = args.dataset or (Path(args.path).resolve().name.split('.')[0] if args.path else 'shakespeare')
-    try:
-        if args.check_data:
-            meta, train, val = load(Path(args.data_dir, name), check_data=True)
-            return print(f'{Path(args.data_dir, name)}: {len(train) + len(val):,} ids, as {meta["source"]} gave them')
-        prepare(name, args.tokenizer, args.path, args.data_dir, args.overwrite)
-    except OSError as e:
-        die(e)
+    name = os.path.basename(os.path.abspath(args.path)).split('.')[0] if args.path else 'shakespeare'
+    prepare(args.dataset or re.sub(r'[^\w-]+', '_', name), args.tokenizer, args.path, args.data_dir, args.overwrite)
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half-made is removed
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # on the way out, the temporary folder goes
+    main()

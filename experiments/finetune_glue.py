@@ -121,7 +121,7 @@ def read(task, glue):
 
 def tokens(row, encode, T):
     """The text, or A, newline, B, as a tensor of at most T ids. Of a pair the longer text is cut first: both remain."""
-    a, *others = (encode(text.strip()) for text in row[1:])
+    a, *others = (encode(text.strip() or '\n') for text in row[1:])  # an empty text is a newline: a model needs a token
     if others:
         b = others[0]
         newline = encode('\n')

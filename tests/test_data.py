@@ -1,7 +1,6 @@
-"""prepare_data.py: whole-text tokens, every kind of file, nothing half-made, nothing replaced silently."""
+"""prepare_data.py: the right ids from every kind of file, held-out text held out, nothing half-made or replaced."""
 import gzip
 import hashlib
-import io
 import json
 import lzma
 import os
@@ -9,459 +8,394 @@ import re
 import shutil
 import signal
 import sys
+import tarfile
 import time
+import tracemalloc
+import zipfile
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 
 import prepare_data
-from conftest import CORPORA, REPO
+from conftest import REPO
 from prepare_data import prepare
 
-needs_corpora = pytest.mark.skipif(not (CORPORA / 'wikitext-2-raw').is_dir(),
-                                   reason=f'no real corpora in {CORPORA} (set CORPORA)')
+datasets, pa, tiktoken = (pytest.importorskip(name) for name in ('datasets', 'pyarrow', 'tiktoken'))
+parquet = pytest.importorskip('pyarrow.parquet')
 TEXT = 'Grüße an alle, 日本語 too.\n\n  def f(x):\n\treturn  x   \n' * 400
 RAW = TEXT.encode()
+# bytes, 'th', 'an', '\n '; like GPT-2's, the pattern never joins white space with what is before it
+RANKS = {**{bytes([i]): i for i in range(256)}, b'th': 256, b'an': 257, b'\n ': 258}
+PAIRS = tiktoken.Encoding('pairs', pat_str=r' ?\S+|\s+(?!\S)|\s+', mergeable_ranks=RANKS,
+                          special_tokens={'<|endoftext|>': 259})
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working directory, with GPT-2's vocabulary where there is one."""
     monkeypatch.chdir(tmp_path)
-    if (CORPORA / 'tiktoken_cache').is_dir():
-        monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(CORPORA / 'tiktoken_cache'))
     return tmp_path
 
 
 @pytest.fixture
-def refused(capsys):
-    """refused(function, ...) -> the one line of the refusal."""
-    def call(function, *words, **named):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            function(*words, **named)
-        lines = [line for line in capsys.readouterr().err.splitlines() if not re.match(r'train: .* ids in', line)]
-        assert stop.value.code == 2 and len(lines) == 1, lines
-        return lines[0]
-    return call
+def pairs(monkeypatch):
+    monkeypatch.setattr(prepare_data, 'load_tiktoken', {'gpt2': PAIRS}.get)
 
 
 @pytest.fixture
 def main(monkeypatch):
     """main('--path', ...): prepare_data.py as from a command line, in this process."""
-    def call(*words):
-        monkeypatch.setattr(sys, 'argv', ['prepare_data.py', *map(str, words)])
-        prepare_data.main()
+    return lambda *words: monkeypatch.setattr(sys, 'argv', ['prepare_data.py', *map(str, words)]) or prepare_data.main()
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(function, ...) -> the one line of the refusal; no data set is made."""
+    def call(function, *words, **named):
+        capsys.readouterr()
+        before = sorted(Path('.').glob('data/[!.]*'))
+        with pytest.raises(SystemExit) as stop:
+            function(*words, **named)
+        lines = [line for line in capsys.readouterr().err.splitlines() if 'The rest is unused' not in line]
+        assert stop.value.code == 2 and len(lines) == 1, lines
+        assert sorted(Path('.').glob('data/[!.]*')) == before and not list(Path('.').glob('data/.*.tmp'))
+        return lines[0]
     return call
 
 
-def prepared(name, folder='.'):
-    """meta and ids of a data set; its sizes and checksums are right."""
-    folder = Path(folder, 'data', name)
-    meta = json.loads((folder / 'meta.json').read_text())
-    ids = {part: np.fromfile(folder / f'{part}.bin', meta['dtype']) for part in ('train', 'val')}
-    for part in ids:
-        assert len(ids[part]) == meta[f'{part}_tokens']
-        assert hashlib.sha256(ids[part].tobytes()).hexdigest() == meta['sha256'][part]
-    return meta, ids
+def put(name, content):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(content)
+
+
+def prepared(name):
+    meta, train, val = prepare_data.load(Path('data', name))
+    return meta, {'train': train.tolist(), 'val': val.tolist()}
 
 
 def joined(name):
-    """The bytes of a data set of bytes."""
-    _, ids = prepared(name)
-    return np.concatenate([ids['train'], ids['val']]).astype(np.uint8).tobytes()
+    return b''.join(bytes(ids) for ids in prepared(name)[1].values())
 
 
-def test_two_at_once_make_the_standard_library(run):
-    """The default. Two runs that start together on a fresh machine: both end well and the data set is whole."""
-    both = [run.start('prepare_data.py') for _ in range(2)]
-    assert [p.communicate(timeout=60) and p.returncode for p in both] == [0, 0]
-    meta, ids = prepared('python', run.folder)
-    assert meta['tokenizer'] == 'bytes' and meta['vocab_size'] == meta['mask_id'] == 256 and meta['dtype'] == 'uint16'
-    assert meta['train_tokens'] == meta['train_bytes'] > 5_000_000
-    assert abs(meta['val_tokens'] / meta['train_tokens'] - 1 / 9) < 0.001
-    assert b'def __init__(self' in ids['val'].astype(np.uint8).tobytes()
-    assert 'Python 3' in meta['source'] and [p.name for p in (run.folder / 'data').iterdir()] == ['python']
+def fail(error):
+    def call(*_, **__):
+        raise error
+    return call
 
 
-def test_a_slower_run_of_the_same_time(here, monkeypatch, capsys):
-    """Another run has made the data set meanwhile: it stays, and one with another text is refused."""
-    for name in ('novel', 'other'):
-        Path(f'{name}.txt').write_text(f'{name} ' * 1000)
-    prepare('novel', path='novel.txt', data_dir='fast')
-    write_all = prepare_data.write_all
-
-    def slow(*words):
-        shutil.copytree('fast/novel', 'data/novel')  # the other run comes in between
-        return write_all(*words)
-    monkeypatch.setattr(prepare_data, 'write_all', slow)
-    prepare('novel', path='novel.txt')
-    assert 'is already prepared' in capsys.readouterr().err and joined('novel') == b'novel ' * 1000
-    shutil.rmtree('data/novel')
-    with pytest.raises(SystemExit) as stop:
-        prepare('novel', path='other.txt')
-    assert stop.value.code == 2 and 'was prepared from' in capsys.readouterr().err
-    assert joined('novel') == b'novel ' * 1000 and os.listdir('data') == ['novel']
-
-
-def make_local(kind):
-    """The text in a container -> its path."""
-    path = Path(f'text.{kind}')
-    rows = [TEXT[i:i + 1000] for i in range(0, len(TEXT), 1000)]
-    if kind in ('txt', 'md', 'png'):
-        path.write_bytes(RAW)
-    elif kind in ('gz', 'xz'):
-        path.write_bytes({'gz': gzip, 'xz': lzma}[kind].compress(RAW))
-    elif kind == 'jsonl':
-        path.write_text(''.join(json.dumps({'text': row}) + '\n' for row in rows))
-    elif kind == 'parquet':
-        pyarrow = pytest.importorskip('pyarrow')
-        import pyarrow.parquet
-        pyarrow.parquet.write_table(pyarrow.table({'text': rows}), path)
-    return path
-
-
-@pytest.mark.parametrize('kind', ['txt', 'gz', 'xz', 'jsonl', 'parquet', 'md', 'png'])
-def test_local_files(here, main, kind):
-    """The same bytes come out of every container; a file that is named is read whatever its type."""
-    main('--path', make_local(kind))
-    meta, ids = prepared('text')
-    assert joined('text') == RAW and meta['tokenizer'] == 'bytes'
-    assert meta['train_tokens'] == meta['train_bytes'] == len(RAW) - len(RAW) // 10
-
-
-def test_folders(here, capsys):
-    """Known types by the order of their names; nothing hidden; what is skipped is said."""
-    Path('text/.git').mkdir(parents=True)
-    Path('text/sub').mkdir()
-    Path('text/.git/object.txt').write_text('hidden' * 1000)
-    Path('text/train.txt').write_text('a' * 600)  # without a file for validation this name says nothing
-    Path('text/test.TXT.gz').write_bytes(gzip.compress(b'b' * 400))
-    Path('text/sub/code.py').write_text('c' * 300)
-    Path('text/rows.jsonl').write_text(json.dumps({'text': 'd' * 200}) + '\n')
-    prepare('known', path='text')
-    assert joined('known') == b'd' * 200 + b'c' * 300 + b'b' * 400 + b'a' * 600
-    assert 'skipped' not in capsys.readouterr().err
-    for name in ('a.png', 'b.zip', 'c', 'd.tar.gz', 'sub/e.json', 'f.jsonl.gz'):
-        Path('text', name).write_text('no text')
-    prepare('skipped', path='text')
-    assert joined('skipped') == joined('known')
-    said = 'skipped 6 of 10 files, of unknown type: a.png, b.zip, c, d.tar.gz, f.jsonl.gz, ...\n'
-    assert said in capsys.readouterr().err
-
-
-def test_folders_are_split_by_their_names(here, capsys):
-    half = len(TEXT) // 2
-    Path('text').mkdir()
-    Path('text/wiki.train.raw').write_bytes(TEXT[:half].encode())
-    Path('text/wiki.valid.raw').write_bytes(TEXT[half:].encode())
-    Path('text/wiki.test.raw').write_text('never read')
-    prepare('text', path='text')
-    assert joined('text') == RAW and prepared('text')[0]['train_bytes'] == len(TEXT[:half].encode())
-    assert 'skipped 1 of 3 files, named neither train nor valid: wiki.test.raw\n' in capsys.readouterr().err
-
-
-def pairs():
-    """A tokenizer of bytes, 'th', 'an' and end-of-text, made on the spot: no vocabulary is needed."""
-    tiktoken = pytest.importorskip('tiktoken')
-    ranks = {**{bytes([i]): i for i in range(256)}, b'th': 256, b'an': 257}
-    return tiktoken.Encoding('pairs', pat_str=r'\S+|\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 258})
-
-
-def test_bytes_are_those_of_the_text_and_not_of_its_tokens(here, monkeypatch):
-    encoding = pairs()
-    monkeypatch.setattr(prepare_data, 'load_tiktoken', {'gpt2': encoding}.get)
-    text = 'the thin man and then an ant ' * 300
-    Path('text.txt').write_text(text)
-    prepare('text', 'gpt2', 'text.txt')
-    meta, ids = prepared('text')
-    assert meta['vocab_size'] == meta['mask_id'] == 259
-    assert [*ids['train'], *ids['val']] == [*encoding.encode(text), 258]
-    for part in ids:
-        words = encoding.decode([i for i in ids[part] if i != 258])
-        assert len(words) == meta[f'{part}_bytes'] > 1.2 * meta[f'{part}_tokens'], meta
-
-
-def test_check_data_reads_all(here, main, refused, monkeypatch, capsys):
-    """Large files are not looked through when they are loaded: the flag does it."""
-    Path('novel.txt').write_bytes(RAW)
-    main('--path', 'novel.txt')
-    main('--path', 'novel.txt', '--check_data')
-    assert f'data/novel: {len(RAW):,} ids, as {here / "novel.txt"} gave them' in capsys.readouterr().out
-    for name in ('SMALL', 'MEDIUM'):
-        monkeypatch.setattr(prepare_data, name, 100)
-    for value, part in ((0, 'train.bin: ValueError its checksum'), (256, 'id 256, the vocabulary ends at 255')):
-        ids = np.memmap('data/novel/train.bin', np.uint16, 'r+')
-        ids[3] = value
-        ids.flush()
-        prepare_data.load(Path('data/novel'))
-        line = refused(main, '--dataset', 'novel', '--check_data')
-        assert 'data/novel is damaged' in line and part in line and 'prepare it again' in line
-    assert 'No such file' in refused(main, '--dataset', 'other', '--check_data')
-
-
-def test_bytes_that_are_no_utf8(here, refused):
-    """As bytes they survive; for GPT-2 the refusal names the two ways out."""
-    raw = bytes(range(256)) * 50
-    Path('raw.txt').write_bytes(raw)
-    prepare('raw', path='raw.txt')
-    assert joined('raw') == raw
-    if (CORPORA / 'tiktoken_cache').is_dir():
-        line = refused(prepare, 'raw', 'gpt2', path='raw.txt', overwrite=True)
-        assert 'raw.txt is not UTF-8' in line and '--tokenizer bytes' in line and 'iconv' in line
-        assert joined('raw') == raw, 'what was there is still there'
-
-
-def test_pieces_are_the_text(monkeypatch):
-    """Whatever the size of the pieces they join to the text, and end only between something and white space."""
-    for size in (1, 7, 64, 10000):
-        monkeypatch.setattr(prepare_data, 'PIECE', size)
-        source = [(TEXT[i:i + 50], False) for i in range(0, 5000, 50)] + [('', True), ('second', True)]
-        fragments = [f for piece in prepare_data.pieces(iter(source)) for f in piece]
-        assert ''.join(text for text, _ in fragments) == TEXT[:5000] + 'second'
-        assert sum(end for _, end in fragments) == 2
-        for (a, end), (b, _) in zip(fragments, fragments[1:]):
-            assert end or not a or not b or not a[-1].isspace() and b[0] in ' \n'
-
-
-@needs_corpora
-def test_gpt2_ids_are_those_of_the_whole_text(here):
-    """Cut into pieces, WikiText-2 has the ids of the text encoded in one go; its bytes are counted exactly."""
-    import tiktoken
-    prepare('wikitext2', path=CORPORA / 'wikitext-2-raw')
-    meta, ids = prepared('wikitext2')
-    encoding = tiktoken.get_encoding('gpt2')
-    for part, name in (('train', 'train'), ('val', 'valid')):
-        raw = lzma.open(CORPORA / 'wikitext-2-raw' / f'wiki.{name}.raw.xz').read()
-        assert ids[part].tolist() == [*encoding.encode_ordinary(raw.decode()), encoding.eot_token]
-        assert meta[f'{part}_bytes'] == len(raw)
-    assert meta['vocab_size'] == meta['mask_id'] == 50257 and meta['dtype'] == 'uint16'
-    assert meta['tokenizer'] == 'gpt2', 'the default of this name'
-
-
-@needs_corpora
-def test_bytes_of_a_validation_tail(here):
-    """Where validation is cut off the end, its bytes are counted from its ids. One text ends with end-of-text."""
-    import tiktoken
-    prepare('shakespeare', 'gpt2', CORPORA / 'shakespeare.txt')
+def test_shakespeare_is_the_default(here, main):
+    """The same bytes on every machine, split as nanoGPT does."""
+    main()
     meta, ids = prepared('shakespeare')
-    encoding = tiktoken.get_encoding('gpt2')
-    decoded = {part: encoding.decode_bytes(ids[part].tolist()).replace(b'<|endoftext|>', b'') for part in ids}
-    assert {part: len(d) for part, d in decoded.items()} == {part: meta[f'{part}_bytes'] for part in ids}
-    assert decoded['train'] + decoded['val'] == (CORPORA / 'shakespeare.txt').read_bytes()
+    raw = (REPO / 'shakespeare.txt').read_bytes()
+    assert hashlib.sha256(raw).hexdigest() == '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+    assert [bytes(x) for x in ids.values()] == [raw[:1003854], raw[1003854:]]
+    sums = {part: hashlib.sha256(np.array(ids[part], np.uint16).tobytes()).hexdigest() for part in ids}
+    assert meta == dict(tokenizer='bytes', vocab_size=256, mask_id=256, eot_id=None, dtype='uint16', sha256=sums,
+                        train_tokens=1003854, train_bytes=1003854, val_tokens=111540, val_bytes=111540,
+                        source='shakespeare.txt of the repository')
 
 
-def test_a_folder_of_packed_texts(here):
-    """enwik8.xz is text, although no other suffix says so."""
-    Path('packed').mkdir()
-    Path('packed/enwik.xz').write_bytes(lzma.compress(RAW))
-    prepare('packed', path='packed')
-    assert joined('packed') == RAW
+def test_enwik8_leaves_its_test_text_out(here, monkeypatch, refused):
+    """90, 5 and 5 million bytes of the download, of a file and of a packed file; a cut may divide a character."""
+    assert prepare_data.ENWIK8_BYTES == (90_000_000, 5_000_000, 5_000_000)
+    monkeypatch.setattr(prepare_data, 'ENWIK8_BYTES', (901, 50, 49))
+    raw = 'é'.encode() * 450 + b'x' + 'ü'.encode() * 24 + b'\xc3y' + b'T' * 49
+    put('plain', raw)
+    put('enwik8.xz', lzma.compress(raw))
+    with zipfile.ZipFile('zip', 'w') as archive:
+        archive.writestr('enwik8', raw)
+    answers = {'http://mattmahoney.net/dc/enwik8.zip': open('zip', 'rb')}
+    monkeypatch.setattr(prepare_data.urllib.request, 'urlopen', lambda url, timeout: answers.pop(url))
+    for path in (None, 'plain', 'enwik8.xz'):
+        prepare('enwik8', path=path, overwrite=True)
+        meta, ids = prepared('enwik8')
+        assert [bytes(x) for x in ids.values()] == [raw[:901], raw[901:951]] and meta['val_bytes'] == 50
+    for wrong in (raw[:-1], raw + b'T'):
+        put('plain', wrong)
+        assert '1,000 bytes' in refused(prepare, 'enwik8', path='plain', overwrite=True)
 
 
-@needs_corpora
-def test_documents_end_with_end_of_text(here):
-    import tiktoken
-    Path('d.jsonl').write_text(''.join(json.dumps({'text': f'document {i}'}) + '\n' for i in range(200)))
-    prepare('d', 'gpt2', 'd.jsonl')
-    _, ids = prepared('d')
-    text = tiktoken.get_encoding('gpt2').decode(np.concatenate([ids['train'], ids['val']]).tolist())
-    assert text == ''.join(f'document {i}<|endoftext|>' for i in range(200))
+def test_the_library_hardly_repeats_itself(here, main):
+    """Of the windows of 64 bytes of the validation text, under 1 % stand in the training text."""
+    main('--dataset', 'python')
+    meta, *ids = prepare_data.load('data/python')
+    assert meta['source'] == f'standard library of Python {sys.version.split()[0]}' and meta['train_tokens'] > 5_000_000
+    sums = []
+    for x in ids:
+        x = x.astype(np.uint64)
+        for k in (1, 2, 4, 8, 16, 32):  # x becomes a checksum of windows of 2k bytes, modulo 2^64
+            x = x[:-k] * np.uint64(0x9E3779B97F4A7C15 ^ k) + x[k:]
+        sums.append(x)
+    known = np.append(np.sort(sums[0]), 0)
+    assert (known[np.searchsorted(known[:-1], sums[1][::16])] == sums[1][::16]).mean() < 0.01
 
 
-def test_shakespeare_is_one_text_of_the_web(here, monkeypatch, refused):
-    """Fetched from its address; without a network, one line that says what to do."""
+@pytest.mark.parametrize('kind', ['txt', 'TXT.GZ', 'xz', 'md', 'json.gz', 'jsonl', 'JSONL.xz', 'parquet'])
+def test_local_files(here, main, kind):
+    """The same text comes out of every container, packed or not; the name of a file is no pattern."""
+    path, documents = Path(f'part[1]*.{kind}'), 'json' in kind.lower() or kind == 'parquet'
+    Path(f'part1.{kind}').write_bytes(b'wrong')
+    if kind == 'parquet':
+        parquet.write_table(pa.table({'n': [1], 'text': [TEXT]}), path)
+    else:
+        pack = {'gz': gzip.compress, 'xz': lzma.compress}.get(kind.lower().split('.')[-1], bytes)
+        path.write_bytes(pack(json.dumps({'text': TEXT}).encode() if documents else RAW))
+    main('--path', path)
+    meta, ids = prepared('part_1_')
+    assert joined('part_1_') == RAW + b'\xff' * documents and meta['eot_id'] == (255 if documents else None)
+    assert len(ids['train']) == len(joined('part_1_')) * 9 // 10 and meta['source'] == str(here / path)
+
+
+def test_documents_are_separated(here, monkeypatch, pairs):
+    """By byte 255 or end-of-text, which do not count as bytes of text; the last tenth of the ids is for validation."""
+    texts = [f'the {i} man' for i in range(100)]
+    Path('d.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
+    for i, text in enumerate(texts):
+        put(f'files/{i:02}.txt', text.encode())
+    monkeypatch.setattr(datasets, 'load_dataset', lambda *_, split, **__: [{'text': text} for text in texts])
+    for path, tokenizer in (('d.jsonl', 'bytes'), ('files', 'bytes'), ('d.jsonl', 'gpt2'), (None, None)):
+        prepare('fineweb-edu', tokenizer, path, overwrite=True)
+        meta, ids = prepared('fineweb-edu')
+        encode, decode = (PAIRS.encode, PAIRS.decode_bytes) if tokenizer != 'bytes' else (str.encode, bytes)
+        assert meta['eot_id'] == (255 if tokenizer == 'bytes' else 259)
+        n = len(ids['train'])
+        assert n == (n + len(ids['val'])) * 9 // 10
+        assert ids['train'] + ids['val'] == [i for text in texts for i in [*encode(text), meta['eot_id']]]
+        for part in ids:
+            assert meta[f'{part}_bytes'] == len(decode([i for i in ids[part] if i != meta['eot_id']]))
+
+
+@pytest.mark.parametrize('files, train, val', [
+    ('train/a.txt, test/b.txt', 'train/a.txt', ''),
+    ('Training/a.txt, VALIDATION/b.txt, TEST/train.txt', 'Training/a.txt', 'VALIDATION/b.txt'),
+    ('wiki.train.raw, wiki.valid.raw, wiki.test.raw, README.md', 'wiki.train.raw', 'wiki.valid.raw'),
+    ('c-train.00.txt, c-val.00.txt, c-train.01.txt', 'c-train.00.txt, c-train.01.txt', 'c-val.00.txt'),
+    ('a.txt, dev/b.txt, sub/c.py', 'a.txt, sub/c.py', 'dev/b.txt'),
+    ('latest.txt, contest.txt, train.txt', 'contest.txt, latest.txt, train.txt', ''),
+    ('all.txt -> test/a.txt, b.txt', 'b.txt', ''),
+    ('train/x.txt -> ../test/a.txt, train/b.txt', 'train/b.txt', ''),
+    ('b.txt, .git/a.txt, .c.txt, a.png', 'b.txt', ''),
+    ('b.txt, sub/a.png -> ..', 'b.txt', ''),
+])
+def test_held_out_text_is_never_trained_on(here, capsys, files, train, val):
+    """Words in the names of files and folders, before and behind links; one line says what was taken for what."""
+    for item in files.split(', '):
+        name, _, target = item.partition(' -> ')
+        put(f'text/{name}', name.encode() * 100)
+        if target:
+            Path('text', name).rename('moved')
+            Path('text', name).symlink_to(target)
+            if target != '..':
+                put(Path('text', name).parent / target, Path('moved').read_bytes())
+    prepare('d', path='text')
+    expected = [b'\xff'.join(name.encode() * 100 for name in names.split(', ')) for names in (train, val)]
+    got = [bytes(ids) for ids in prepared('d')[1].values()] if val else [joined('d'), b'']
+    assert [part.rstrip(b'\xff') for part in got] == expected
+    said = capsys.readouterr().err.splitlines()[0]
+    assert f'train: {len(train.split(", "))} files ({train})' in said
+    assert (f'val: 1 files ({val})' if val else 'val: the last tenth') in said
+    assert ('a.png)' in said) == ('a.png' in files) and '.git' not in said
+
+
+def test_rows(here, capsys):
+    """Only the column 'text' is read, as text; rows without text are skipped and counted."""
+    lines = [dict(text='2024-01-01', n=1), dict(text='2024-01-02', n='two'), dict(text=None), dict(n=[3]),
+             dict(text=''), dict(text='half \ud83d')]
+    Path('d.jsonl').write_text('\n\n'.join(map(json.dumps, lines)))
+    prepare('d', path='d.jsonl')
+    assert joined('d') == b'2024-01-01\xff2024-01-02\xffhalf ?\xff'
+    assert 'd.jsonl: skipped 3 of 6 rows' in capsys.readouterr().err
+
+
+def test_what_is_no_text(here, refused, pairs):
+    """Archives, UTF-16 and pictures are refused, unless bytes are asked for: then all come through."""
+    put('utf16', TEXT.encode('utf-16'))
+    put('plain16.txt', 'no mark, ascii only'.encode('utf-16-le') * 9)
+    for name in ('any.txt', 'two/1.txt', 'two/2.txt'):
+        put(name, bytes(range(256)) * 40)
+    with tarfile.open('a.tar.gz', 'w:gz') as tar:
+        tar.add('any.txt')
+    for name in ('utf16', 'plain16.txt', 'any.txt', 'a.tar.gz'):
+        for tokenizer in (None, 'gpt2'):
+            line = refused(prepare, 'd', tokenizer, name)
+            assert all(part in line for part in (name, 'not UTF-8', 'archive', 'iconv', '--tokenizer bytes'))
+        prepare('d', 'bytes', name)
+        assert joined('d') == (gzip.open if name.endswith('gz') else open)(name, 'rb').read()
+        assert prepared('d')[0]['train_bytes'] == prepared('d')[0]['train_tokens']
+        shutil.rmtree('data')
+    assert 'byte 255' in refused(prepare, 'd', 'bytes', 'two')
+
+
+@pytest.mark.parametrize('size', [64, 10 ** 6])
+def test_wikitext_is_one_text_by_every_route(here, monkeypatch, pairs, size):
+    """The hub's rows (a blank line is ''), .parquet and .jsonl files, raw files: always the ids of the whole text."""
+    monkeypatch.setattr(prepare_data, 'PIECE', size)
+    raw = {'train': ' \n = Thane = \n \n An ant , then \n the man \n \n \n' * 30, 'validation': ' \n = B = \n than \n'}
+    hub = {split: [{'text': line if line.strip() else ''} for line in text.splitlines(keepends=True)]
+           for split, text in raw.items()}
     asked = []
-
-    def urlopen(url, timeout):
-        asked.append(url)
-        return io.BytesIO(RAW)
-    monkeypatch.setattr(prepare_data.urllib.request, 'urlopen', urlopen)
-    prepare('shakespeare')
-    assert joined('shakespeare') == RAW and asked == [prepare_data.SHAKESPEARE]
-
-    def no_network(url, timeout):
-        raise OSError('no network')
-    monkeypatch.setattr(prepare_data.urllib.request, 'urlopen', no_network)
-    shutil.rmtree('data')
-    line = refused(prepare, 'shakespeare')
-    assert 'no network' in line and '--path' in line
-
-
-@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='peak memory is read from /proc')
-def test_memory_stays_small(run):
-    """A text of 112 MB takes at most 65 MB more than one of 23 kB (half of it for the validation set)."""
-    (run.folder / 'small.txt').write_bytes(RAW)
-    (run.folder / 'big.txt').write_bytes(RAW * 4800)
-    assert (run.folder / 'big.txt').stat().st_size > 100e6
-    peak = {}
-    for name in ('small', 'big'):
-        (run.folder / 'measure.py').write_text(
-            f'import sys; sys.path.insert(0, {str(REPO)!r}); import prepare_data\n'
-            f'prepare_data.prepare("{name}", path="{name}.txt"); print(open("/proc/self/status").read())')
-        peak[name] = int(re.search(r'VmHWM:\s+(\d+)', run.process(run.folder / 'measure.py').out)[1]) / 1e3
-    assert prepared('big', run.folder)[0]['val_tokens'] == 5_000_000  # a tenth would be more
-    assert peak['big'] < peak['small'] + 65, peak
+    monkeypatch.setattr(datasets, 'load_dataset', lambda where, name=None, split=None, streaming=False: asked.append(
+        (where, name, split, streaming)) or hub[split])
+    Path('parquet').mkdir()
+    for split in raw:
+        put(f'raw/wiki.{split}.raw', raw[split].encode())
+        put(f'jsonl/{split}.jsonl', '\n'.join(json.dumps({'text': s}) for s in raw[split].splitlines(True)).encode())
+        parquet.write_table(pa.Table.from_pylist(hub[split]), f'parquet/{split}-00000-of-00001.parquet')
+    for path in (None, 'raw', 'parquet', 'jsonl'):
+        prepare('wikitext2', path=path, overwrite=True)
+        meta, ids = prepared('wikitext2')
+        assert meta['tokenizer'] == 'gpt2' and meta['vocab_size'] == meta['mask_id'] == 260 and meta['eot_id'] == 259
+        for part, split in (('train', 'train'), ('val', 'validation')):
+            assert ids[part] == [*PAIRS.encode(raw[split]), 259] and meta[f'{part}_bytes'] == len(raw[split])
+    assert asked == [('Salesforce/wikitext', 'wikitext-2-raw-v1', split, True) for split in raw]
 
 
-@pytest.mark.skipif(os.name == 'nt', reason='Windows has no signals between processes, and no pipes with names')
+def test_memory_stays_small(here):
+    """A text of 60 MB is never in memory, and five million ids are enough to validate on."""
+    Path('big.txt').write_bytes(b'Much ado about nothing, as you like it. ' * 1_500_000)
+    tracemalloc.start()
+    prepare('big', path='big.txt')
+    peak = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    assert prepared('big')[0]['val_tokens'] == 5_000_000 and peak < 55, peak
+
+
+def test_advice_about_the_network_is_for_errors_of_the_network(here, monkeypatch, refused):
+    Path('a.txt').write_bytes(RAW)
+    requests = pytest.importorskip('requests')  # tiktoken downloads with it
+    for error, network in ((ConnectionError('no route'), True), (requests.ConnectionError('no route'), True),
+                           (PermissionError(13, 'read-only', '/home'), False), (ValueError('row 3'), False)):
+        monkeypatch.setattr(datasets, 'load_dataset', fail(error))
+        monkeypatch.setattr(tiktoken, 'get_encoding', fail(error))
+        for line in (refused(prepare, 'wikitext2'), refused(prepare, 'a', 'gpt2', 'a.txt')):
+            for advice in ('network', '--path', 'TIKTOKEN_CACHE_DIR'):
+                assert (advice in line) == network, line
+    monkeypatch.setattr(prepare_data.urllib.request, 'urlopen', fail(URLError('no route')))
+    assert 'network' in refused(prepare, 'enwik8')
+    monkeypatch.setitem(sys.modules, 'tiktoken', None)
+    assert 'tiktoken' in refused(prepare, 'a', 'gpt2', 'a.txt')
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGKILL', 9)])
-def test_interrupted_leaves_nothing_half_made(run, here, number):
-    """Stopped in an endless text: the old data set is whole; after SIGKILL the next run cleans up."""
+def test_one_process_at_a_time_and_nothing_half_made(run, here, number):
+    """A second run waits and touches nothing. When the first is stopped in an endless text, it does its work."""
     Path('novel.txt').write_bytes(RAW)
     prepare('novel', path='novel.txt')
-    before = prepared('novel')[0]
     os.mkfifo('endless.txt')
-    process = run.start('prepare_data.py', '--dataset', 'novel', '--path', 'endless.txt', '--overwrite')
+    first = run.start('prepare_data.py', '--dataset', 'novel', '--path', 'endless.txt', '--overwrite')
     with open('endless.txt', 'w') as pipe:
-        for _ in range(600):
-            pipe.write(TEXT)
+        pipe.write(TEXT * 100)
+        second = run.start('prepare_data.py', '--path', 'novel.txt', '--overwrite')
         for _ in range(200):
-            written = [p for p in Path('data').glob('.novel.*.tmp/new/train.bin') if p.stat().st_size]
-            if written:
-                break
             time.sleep(0.05)
-        assert written, 'it was at work'
-        process.send_signal(number)
-        _, err = process.communicate(timeout=30)
-    assert process.returncode == (-9 if number == 9 else 128 + number) and 'Traceback' not in err
-    assert prepared('novel')[0] == before
-    if number == 9:
-        assert len(os.listdir('data')) == 2
-        prepare('novel', path='novel.txt')
-    assert os.listdir('data') == ['novel']
+            if Path('data/.novel.tmp/new/train.bin').exists():
+                break
+        time.sleep(0.5)
+        assert second.poll() is None and Path('data/.novel.tmp/new/train.bin').exists()
+        assert joined('novel') == RAW, 'the old data set is in its place'
+        Path('novel.txt').write_bytes(RAW * 2)
+        first.send_signal(number)
+        _, err = first.communicate(timeout=30)
+    assert first.returncode == (-9 if number == 9 else 128 + number) and 'Traceback' not in err
+    second.communicate(timeout=30)
+    assert second.returncode == 0 and joined('novel') == RAW * 2 and not list(Path('data').glob('.*.tmp'))
 
 
 def test_interrupted_while_swapping(here, monkeypatch):
-    """Stopped between moving the old data set away and the new one in: the old one comes back."""
+    """Stopped between moving the old data set away and the new one in: the old one comes back, even after a kill."""
     Path('novel.txt').write_bytes(RAW)
     prepare('novel', path='novel.txt')
-    before = prepared('novel')[0]
     rename = Path.rename
 
     def stop(self, target):
         if self.name == 'new':
             assert not Path('data/novel').exists(), 'the old one is away'
+            shutil.copytree('data/.novel.tmp', 'killed')
             raise SystemExit(143)
         return rename(self, target)
-    monkeypatch.setattr(Path, 'rename', stop)
     Path('novel.txt').write_bytes(RAW * 2)
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Path, 'rename', stop)
         prepare('novel', path='novel.txt', overwrite=True)
-    assert prepared('novel')[0] == before and os.listdir('data') == ['novel']
-
-
-def test_a_full_disk_is_an_error(here, monkeypatch, main, refused):
-    """It is not taken for another run that was faster, and what was there stays."""
-    Path('novel.txt').write_bytes(RAW)
+    assert joined('novel') == RAW and not Path('data/.novel.tmp').exists()
+    shutil.rmtree('data/novel')
+    Path('killed').rename('data/.novel.tmp')
     prepare('novel', path='novel.txt')
-
-    def full(*_):
-        raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(prepare_data, 'sha256', full)
-    assert 'No space left' in refused(main, '--path', 'novel.txt', '--overwrite')
-    assert joined('novel') == RAW and os.listdir('data') == ['novel']
+    assert joined('novel') == RAW and not Path('data/.novel.tmp').exists()
 
 
-def test_the_same_again_stays_as_it_is(here, main, capsys):
-    """The same path and tokenizer: one line, nothing done; --overwrite reads the text again."""
-    Path('novel.txt').write_bytes(RAW)
+def test_what_is_there_is_kept_or_refused(here, main, refused, capsys, monkeypatch):
+    """The same path and tokenizer: nothing is done. Another one, a full disk or damage: one line, nothing lost."""
+    put('novel.txt', RAW)
+    put('other/novel.txt', RAW * 3)
     main('--path', 'novel.txt')
     Path('novel.txt').write_bytes(RAW * 2)
     capsys.readouterr()
     main('--path', here / 'novel.txt')  # the same file by another name
-    err = capsys.readouterr().err
-    assert len(err.splitlines()) == 1 and 'already prepared' in err and '--overwrite' in err and joined('novel') == RAW
-    main('--path', 'novel.txt', '--overwrite')
-    assert joined('novel') == RAW * 2 and os.listdir('data') == ['novel']
-
-
-def test_another_text_or_tokenizer_replaces_nothing(here, main, refused):
-    Path('other').mkdir()
-    for path in ('novel.txt', 'other/novel.txt'):
-        Path(path).write_text(path * 1000)
-    main('--path', 'novel.txt')
-    before = joined('novel')
+    assert re.fullmatch('.*already prepared.*--overwrite.*\n', capsys.readouterr().err)
     for words in (['--path', 'other/novel.txt'], ['--path', 'novel.txt', '--tokenizer', 'gpt2']):
         line = refused(main, *words)
-        assert f'{here}/novel.txt (tokenizer bytes)' in line and '--overwrite' in line and '--dataset' in line
-        assert joined('novel') == before
-    main('--path', 'other/novel.txt', '--overwrite')
-    assert joined('novel') == b'other/novel.txt' * 1000
-    Path('data/novel/meta.json').write_text('{"source"')
-    assert 'data/novel is damaged' in refused(main, '--path', 'novel.txt')
-    main('--path', 'novel.txt', '--overwrite')
-    assert joined('novel') == before
+        assert all(part in line for part in (f'{here}/novel.txt (tokenizer bytes)', '--overwrite', '--dataset'))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, 'atomic_write', fail(OSError(28, 'No space left on device')))
+        assert 'No space left' in refused(main, '--path', 'novel.txt', '--overwrite')
+    assert joined('novel') == RAW
+    for name, change in (('train.bin', lambda raw: raw[:50] + b'x' + raw[51:]), ('val.bin', lambda raw: raw[:-2]),
+                         ('meta.json', lambda raw: raw.replace(b'"mask_id": 256', b'"mask_id": 255')),
+                         ('meta.json', lambda raw: re.sub(b'"val_bytes": .*', b'"val_bytes": 0', raw)),
+                         ('meta.json', lambda raw: raw[:40]), ('val.bin', lambda raw: b'')):
+        main('--path', 'novel.txt', '--overwrite')
+        assert joined('novel') == RAW * 2
+        file = Path('data/novel', name)
+        file.write_bytes(change(file.read_bytes()))
+        line = refused(prepare_data.load, 'data/novel')
+        assert f'data/novel is damaged ({name}' in line and 'prepare it again' in line
 
 
-def test_tiktoken_is_not_there(here, monkeypatch, refused):
-    """Not installed, or without its vocabulary: two different lines."""
-    Path('novel.txt').write_bytes(RAW)
-    with monkeypatch.context() as without:
-        without.setitem(sys.modules, 'tiktoken', None)
-        line = refused(prepare, 'novel', 'gpt2', 'novel.txt')
-        assert 'tiktoken, which is not installed' in line and 'pip install tiktoken' in line
-    tiktoken = pytest.importorskip('tiktoken')
-
-    def no_network(name):
-        raise ConnectionError('no route')
-    monkeypatch.setattr(tiktoken, 'get_encoding', no_network)
-    line = refused(prepare, 'novel', 'gpt2', 'novel.txt')
-    assert 'TIKTOKEN_CACHE_DIR' in line and 'installed' not in line
-
-
-@pytest.mark.parametrize('words, parts', [
-    ('--dataset nonsense', ["'nonsense'", 'python, shakespeare', '--path']),
-    ('--dataset ../x --path novel.txt', ["'../x'", 'letters']),
-    ('--path nowhere.txt', ['nowhere.txt', 'no file']),
-    ('--path pictures', ['pictures', 'known type', 'jsonl']),
-    ('--path empty.txt', ['empty.txt', 'too little text']),
-    ('--path short.txt', ['too little text']),
-    ('--path broken.xz', ['broken.xz', 'cannot be read']),
-    ('--path columns.jsonl', ["no text in a column 'text'", 'title']),
-    ('--path null.jsonl', ['row 1 of', "column 'text'"]),
-    ('--path torn.jsonl', ['torn.jsonl']),
-    ('--path broken.gz', ['broken.gz', 'cannot be read']),
-    ('--path  --dataset x', ['--path must not be empty']),
-    ('--tokenizer words', ["'words'", 'bytes', 'gpt2']),
-])
-def test_refused(here, main, refused, words, parts):
-    """One line on stderr that says what is allowed, exit 2, nothing made."""
-    Path('empty.txt').write_text('')
-    Path('short.txt').write_text('short')
-    Path('novel.txt').write_bytes(RAW)
-    Path('pictures').mkdir()
-    Path('pictures/a.png').write_text('')
-    Path('broken.xz').write_bytes(lzma.compress(RAW)[:-50])
-    Path('broken.gz').write_bytes(gzip.compress(RAW)[:20] + b'nonsense' * 20)
-    Path('null.jsonl').write_text('{"text": "a"}\n{"text": null}\n')
-    Path('columns.jsonl').write_text('{"title": "a"}\n')
-    if 'torn' in words:
-        Path('torn.jsonl').write_text('{"text": "a"}\n' * 500000 + '{"text": "a')
-    line = refused(main, *words.split(' '))
-    assert all(part in line for part in parts), line
-    assert not Path('data').exists() or not os.listdir('data')
+def test_refused(here, main, refused):
+    """One line on stderr that says what is allowed, exit 2, nothing made; the source is never the target."""
+    contents = {'empty.txt': b'', 'novel.txt': RAW, 'held/a.png': b'', 'held/test.txt': RAW, 'held/dev.txt': RAW,
+                'broken.xz': lzma.compress(RAW)[:-50],
+                'columns.jsonl': b'{"title": "a"}', 'torn.jsonl': b'{"text": "a"}\n{"text": "a',
+                'data/mine/a.txt': RAW, 'data/made/a.txt': RAW, 'data/made/meta.json': b'{}'}
+    for name, content in contents.items():
+        put(name, content)
+    parquet.write_table(pa.table({'title': ['a']}), 'columns.parquet')
+    for words, said in (
+            ('--dataset nonsense', "'nonsense' shakespeare, enwik8, python --path"),
+            ('--dataset ../x --path novel.txt', "'../x' letters"),
+            ('--path held', 'held no text to train on test.txt dev.txt a.png known types .jsonl'),
+            ('--path empty.txt', 'empty.txt too little text'),
+            ('--path broken.xz', 'broken.xz EOFError'),
+            ('--path columns.jsonl', "'text' title"),
+            ('--path columns.parquet', "columns.parquet 'text'"),
+            ('--path torn.jsonl', 'torn.jsonl JSON'),
+            ('--path  --dataset x', '--path must not be empty'),
+            ('--tokenizer words', "'words' bytes gpt2"),
+            ('--path data/mine', 'data/mine no prepared data set'),
+            ('--path data/made/a.txt --dataset made --overwrite', 'would be replaced'),
+            ('--path novel.txt --data_dir novel.txt', 'novel.txt')):
+        line = refused(main, *words.split(' '))
+        assert line.startswith('prepare_data.py: ') and all(part in line for part in said.split()), line
+    assert all(Path(name).read_bytes() == content for name, content in contents.items())
 
 
-@needs_corpora
-def test_a_download_without_a_network_is_refused(run):
-    """A process, because only its environment tells `datasets` that it is offline; it also holds the exit code."""
-    run('prepare_data.py', '--dataset', 'wikitext2', code=2, TIKTOKEN_CACHE_DIR=str(CORPORA / 'tiktoken_cache'))
-    assert 'Salesforce/wikitext' in run.err and '--path' in run.err and len(run.err.splitlines()) == 1
-    assert not os.listdir(run.folder / 'data')
-
-
-def test_the_source_is_never_the_target(here, main, refused):
-    """A text folder inside data_dir has the name of the data set it would make: refused, and still there."""
-    chapter = Path('data/novel/chapter.txt')
-    chapter.parent.mkdir(parents=True)
-    chapter.write_bytes(RAW)
-    for words in ('--path data/novel', '--path data/novel/chapter.txt --dataset novel --overwrite',
-                  '--path data/novel --data_dir data --overwrite'):
-        assert '--data_dir' in refused(main, *words.split())
-        assert chapter.read_text(encoding='utf-8') == TEXT
-    main('--path', 'data/novel', '--dataset', 'other')
-    Path('data/other/mine.txt').write_bytes(RAW)
-    assert '--data_dir' in refused(main, '--path', 'data/other/mine.txt', '--dataset', 'other', '--overwrite')
-    assert Path('data/other/mine.txt').exists()
+def test_die_and_atomic_write(here, monkeypatch, capsys):
+    """Exit 2 is said once per machine, exit 1 by every process. A write replaces the old file at once or not at all."""
+    for rank, code, lines in (('0', 2, 1), ('1', 2, 0), ('0', 1, 1), ('1', 1, 1)):
+        monkeypatch.setenv('LOCAL_RANK', rank)
+        with pytest.raises(SystemExit) as stop:
+            prepare_data.die('two\n words', code)
+        assert stop.value.code == code
+        assert capsys.readouterr().err == f'{Path(sys.argv[0]).name}: two words\n' * lines
+    path = Path('file')
+    path.write_bytes(b'old')
+    for error in (RuntimeError('unexpected pos'), OSError(28, 'No space left')):
+        with pytest.raises(OSError, match='file could not be written'):
+            prepare_data.atomic_write(path, lambda f: f.write(b'new') and fail(error)())
+        assert path.read_bytes() == b'old' and os.listdir() == ['file']
+    old = path.stat().st_ino
+    prepare_data.atomic_write(path, lambda f: f.write(b'new'))
+    assert path.stat().st_ino != old and path.read_bytes() == b'new' and os.listdir() == ['file']

@@ -7,11 +7,10 @@ ACL 2021. https://arxiv.org/abs/2106.05505
     a_ij = q_i.k_j / sqrt(hs)  +  q_i.W_{j-i} / sqrt(hs)  +  beta_{j-i}          softmax over j          (equation 6)
            content                dynamic kernel            fixed kernel
 
-To convolve values v with a kernel beta, y_i = sum_j beta_{j-i} v_j, multiply v by a matrix that repeats the kernel
-along its diagonals. A relative position embedding adds such a matrix to the attention scores.
-For three tokens and a kernel (a, b, c) of the offsets j - i = -1, 0, 1:
+To convolve values v with a kernel beta, y_i = sum_j beta_{j-i} v_j, multiply v by a matrix with the kernel along its
+diagonals. A relative position embedding adds such a matrix to the scores. Three tokens, kernel (a, b, c):
 
-    b c c          Row i: query, column j: key. Offsets beyond +-k share the end entries, as in the authors' code.
+    b c c          Row i: query, column j: key, b: offset 0. Offsets beyond +-k share the end entries (authors' code).
     a b c          Fixed kernel: learned, the same for every query (T5). Dynamic kernel: each query computes its own,
     a a b          q_i.W (Shaw et al. 2018). The causal mask is a kernel too: 0 on the left, -inf on the right.
 
@@ -144,7 +143,7 @@ class Attention(nn.Module):
                 k = torch.cat((state['k'], k), 2)  # (B, nh, S, hs)
                 v = torch.cat((state['v'], v), 2)
             state.update(k=k, v=v)
-        scale = 1 / math.sqrt(q.size(-1))
+        scale = q.size(-1) ** -0.5
         fixed = q.new_zeros(self.n_head, 2 * self.half_width + 1) if self.fixed is None else self.fixed.to(q.dtype)
         kernel_scores = fixed[None, :, None].expand(-1, -1, T, -1)  # (1, nh, T, 2k+1)
         if self.dynamic is not None:
@@ -253,7 +252,7 @@ class Model(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Not in the paper: attend_fast computes the same result as attend_dense without a (T, T) matrix.
-compile_once = functools.cache(torch.compile)
+compile_once = functools.cache(functools.partial(torch.compile, dynamic=False))
 
 
 def attend_fast(q, k, v, kernel_scores, causal=True):
@@ -270,20 +269,19 @@ def attend_fast(q, k, v, kernel_scores, causal=True):
 def attend_near_and_far(q, k, v, kernel_scores, causal=True):
     """The paper's idea as an algorithm in O(T) memory: global content (far keys) + local convolution (near keys).
 
-    Keys k or more tokens away share an end entry of the kernel, and softmax(x + c) = softmax(x): minus its left end
-    entry, the kernel is 0 for far keys. The parts are averaged with weights softmax(log-sum-exps). Causal, k = 2:
+    Keys k or more tokens away share an end entry of the kernel. softmax(x + c) = softmax(x), so far keys need no bias:
+    the entry is added to their log-sum-exp. The parts are averaged with weights softmax(log-sum-exps). Causal, k = 2:
 
-        n          n: near keys, offsets 1-k ... 0; f: far keys, offsets -k and less. Without the causal mask, near
-        n n        keys have offsets 1-k ... k-1, and a third part has the offsets k and more: its bias is the right end
-        f n n      entry of each query.
+        n          n: near keys, offsets 1-k ... 0; f: far keys, offsets -k and less
+        n n        Without the causal mask, near keys have offsets 1-k ... k-1, and a third part has the offsets k and
+        f n n      more; its entry is the right end of the kernel.
     """
     T, reach = q.size(2), max(1, kernel_scores.size(-1) // 2)
-    bias = (kernel_scores - kernel_scores[..., :1]).expand(q.size(0), -1, -1, -1).contiguous()  # (B, nh, T, 2k+1)
-    parts = [attend_to_offsets(q, k, v, -T, -reach),
-             attend_to_offsets(q, k, v, 1 - reach, 0 if causal else reach - 1, bias)]
-    if not causal:
-        y, lse = attend_to_offsets(q, k, v, reach, T)
-        parts.append((y, lse + bias[..., -1]))
+    bias = kernel_scores.expand(q.size(0), -1, -1, -1).contiguous()  # (B, nh, T, 2k+1)
+    parts = [attend_to_offsets(q, k, v, 1 - reach, 0 if causal else reach - 1, bias)]
+    for low, high, end in ((-T, -reach, 0), (reach, T, -1))[:1 if causal else 2]:
+        y, lse = attend_to_offsets(q, k, v, low, high)
+        parts.append((y, lse + bias[..., end]))
     weights = torch.stack([lse for _, lse in parts], -1).softmax(-1)  # (B, nh, T, parts)
     return sum(weights[..., n:n + 1] * y for n, (y, _) in enumerate(parts)).to(v.dtype)
 
@@ -301,11 +299,11 @@ def attend_to_offsets(q, k, v, low, high, bias=None):
 
     def add_bias(score, b, h, i, j):
         return score + bias[b, h, i, (j - i).clamp(-reach, reach) + reach]
-
     if q.is_cuda:
-        mask = create_block_mask(visible, None, None, T, T, device=q.device)
-        flex = flex_attention if torch.compiler.is_compiling() else compile_once(flex_attention, dynamic=False)
-        y, aux = flex(q, k, v, None if bias is None else add_bias, mask, return_aux=AuxRequest(lse=True))
+        flex = (create_block_mask, flex_attention)  # not compiled, they would write (T, T) matrices
+        make_mask, attention = flex if torch.compiler.is_compiling() else map(compile_once, flex)
+        mask = make_mask(visible, None, None, T, T, device=q.device)
+        y, aux = attention(q, k, v, None if bias is None else add_bias, mask, return_aux=AuxRequest(lse=True))
         return y, aux.lse
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, nh, T, T)
     scores = scores if bias is None else scores + along_diagonals(bias, 0, T)
@@ -318,7 +316,7 @@ def choose_attention(model, dtype):
     layer, hs = model.h[0].attn, model.config.n_embd // model.config.n_head
     if layer.attention != 'auto' or not layer.c_attn.weight.is_cuda:
         return None
-    shapes = [(2, layer.n_head, 512, size) for size in (hs, hs, hs, 2 * layer.half_width + 1, hs)]
+    shapes = [(2, layer.n_head, 600, size) for size in (hs, hs, hs, 2 * layer.half_width + 1, hs)]
     *inputs, dy = [torch.randn(shape, device='cuda', dtype=dtype, requires_grad=True) for shape in shapes]
     try:
         ys = [form(*inputs, layer.causal) for form in (attend_dense, attend_fast)]
@@ -326,5 +324,7 @@ def choose_attention(model, dtype):
         error = torch.stack([(a - b).abs().max() / a.abs().max() for a, b in pairs]).max().item()
     except Exception as e:  # no Triton, small heads, a bug of FlexAttention on this GPU: printed, not hidden
         error = f'{type(e).__name__}: {" ".join(str(e).split())[:100]}'
-    Attention.fast_on_cuda = isinstance(error, float) and error <= 2e-2
-    return f'attention from 512 tokens on: {"fast" if Attention.fast_on_cuda else "dense"} (difference: {error})'
+    fast = isinstance(error, float) and error <= 3e-2  # dense attention in bfloat16 is itself up to 1.4e-2 off
+    for block in model.h:
+        block.attn.fast_on_cuda = fast
+    return f'attention from 512 tokens on: {"fast" if fast else "dense"} (difference: {error})'

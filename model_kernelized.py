@@ -95,8 +95,8 @@ def features(x, w, kind='prf', stable=False, normalize=False):
     """phi with E[phi(x).phi(y)] = exp(x.y): x (..., hs), w (m, hs) -> (..., m), in the dtype of x.
 
     prf: exp(w.x - |x|^2 / 2) / sqrt(m), positive; orf and sphere are prf with another w (sphere: unbiased for large hs
-    only). trf: exp(|x|^2 / 2) [sin(w.x), cos(w.x)] / sqrt(m), (..., 2m), signed. elu: elu(x) + 1 (Katharopoulos
-    et al. 2020), (..., hs), not an estimate of exp(x.y).
+    only). trf: exp(|x|^2 / 2) [sin(w.x), cos(w.x)] / sqrt(m), (..., 2m), signed; it overflows for |x| > 13.
+    elu: elu(x) + 1 (Katharopoulos et al. 2020), (..., hs), not an estimate of exp(x.y).
     stable: drop a factor per query, which cancels in equation 10 (a factor per key would not): nothing overflows.
     normalize: x / |x| first (Algorithm 1). The exponents are then small enough for bfloat16; otherwise use float32.
     """

@@ -99,8 +99,9 @@ class Attention(nn.Module):
             state.update(k=k, v=v)
         S = k.size(2)
         offsets = torch.arange(1 - S, T, device=x.device)  # all offsets j - i, (S+T-1,)
-        kernels = torch.exp(-self.b.abs()[..., None] * (offsets - self.c[..., None]) ** 2)  # (nh, n_kernels, S+T-1)
-        f = (self.a[..., None] * kernels).sum(1)  # (nh, S+T-1)
+        acc_dtype = torch.promote_types(q.dtype, torch.float32)
+        a, b, c = [z.to(acc_dtype)[..., None] for z in (self.a, self.b, self.c)]  # (nh, n_kernels, 1)
+        f = (a * torch.exp(-b.abs() * (offsets - c) ** 2)).sum(1)  # (nh, S+T-1)
         bias = f.unfold(1, S, 1).flip(1).to(q.dtype)  # (nh, T, S); the row of the last query starts at offset 1-S
         y = attend(q, k, v, bias + score_mask(T, S, self.causal, valid, q))  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))

@@ -245,7 +245,8 @@ def test_choose_attention(monkeypatch):
     monkeypatch.setattr(torch, 'randn', lambda *a, device=None, **kw: randn(*a, **kw))
     layer = SimpleNamespace(attention='auto', causal=True, n_head=2, half_width=8,
                             c_attn=SimpleNamespace(weight=SimpleNamespace(is_cuda=True)))
-    model = SimpleNamespace(h=[SimpleNamespace(attn=layer)], config=SimpleNamespace(n_embd=32, n_head=2))
+    sizes = SimpleNamespace(n_embd=32, n_head=2, block_size=1000)
+    model = SimpleNamespace(h=[SimpleNamespace(attn=layer)], config=sizes)
     dense = composite.attend_dense
     cases = {
         'fast': composite.attend_near_and_far,
@@ -257,8 +258,7 @@ def test_choose_attention(monkeypatch):
         monkeypatch.setattr(composite, 'attend_fast', form)
         line = composite.choose_attention(model, torch.float32)
         assert line.startswith(f'attention from 512 tokens on: {expected[:22]}') and '\n' not in line
-        assert composite.Attention.fast_on_cuda == (expected == 'fast')
-    monkeypatch.setattr(composite.Attention, 'fast_on_cuda', False)
+        assert layer.fast_on_cuda == (expected == 'fast') and not composite.Attention.fast_on_cuda
 
 
 # ---------------------------------------------------------------------------------------------------- low precision
@@ -308,6 +308,12 @@ def test_positions_are_float32_in_bfloat16():
     with mock.patch.object(cape, 'sinusoids', wraps=cape.sinusoids) as called:
         model(torch.zeros(1, 8, dtype=torch.int64))
     assert called.call_args[0][0].dtype == torch.float32
+    layer = load('tisa').Model(load('tisa').Config(n_layer=1)).h[0].attn
+    layer.c.data.fill_(301.0)  # 301 is not a bfloat16 number, 300 and 302 are
+    x = torch.randn(1, 400, 128)
+    layer.bfloat16()
+    ours = layer(x.bfloat16())
+    assert difference(ours, layer.double()(x.bfloat16().double()), 1e-30) < 0.02
 
 
 @pytest.mark.parametrize('autocast', [True, False])

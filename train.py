@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 
 import common
-from common import RANK, WORLD, any_process, die, log, one_line, say, write
+from common import RANK, WORLD, any_process, die, load_checkpoint, load_model_file, log, one_line, say, write  # noqa: F401
+from common import write as atomic_write  # noqa: F401, E402
 
 
 @dataclasses.dataclass

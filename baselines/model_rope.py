@@ -36,6 +36,7 @@ class Config:
     absolute: bool = False  # learned absolute positions added to the embedding: the baseline that every scheme replaces
     init_std: float = 0.02  # standard deviation of the initial Linear and Embedding weights
     scale_residual_init: bool = True  # scale the residual projections by 1/sqrt(2 n_layer), as GPT-2 does
+    nope_every: int = 0  # TEMPORARY, does nothing here: the field of the model issue
 
 
 def visible(T, S, causal=True, valid=None, device=None):

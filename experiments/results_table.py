@@ -1,78 +1,60 @@
 """
-The one table: every position scheme on one footing, put together from the results of the other experiments.
+The one table of all position schemes, put together from the results of the other experiments.
 
-    python experiments/atlas.py --time    # measures the steps again, in turns: a few minutes on a quiet machine
-    python experiments/atlas.py           # the table and the picture, from the CSV files in experiments/results
-    python experiments/atlas.py --short   # the table of README.md: nine schemes, fewer columns
+    python experiments/results_table.py --time    # measure the step times again, then the table: a few minutes
+    python experiments/results_table.py           # the table and the picture, from the CSV files in experiments/results
+    python experiments/results_table.py --short   # the table of README.md: nine schemes, fewer columns
 
-Reads what these commands wrote, and shows a dash where one has not been run:
+It reads what these commands wrote, and shows a dash where one has not been run:
 
-    compare.py --name NAME              the last losses, their mean over the seeds and (standard deviation)
-    extrapolate.py --name NAME          the loss at 8 times the length of training, of the best checkpoint
-    probe_position.py --name NAME       by how many tokens an MLP after the last layer misses the position, untrained
-                                        and trained
-    tasks.py                            right answers at twice the longest length of training, in percent
-    atlas.py --time                     the time of a training step, as a multiple of that of nope
+    compare.py --name NAME              mean and (standard deviation) of the last losses over the seeds
+    extrapolate.py --name NAME          the loss at 8 times the training length
+    probe_position.py --name NAME       the error of an MLP that reads the position after the last layer, in tokens,
+                                        before and after training
+    tasks.py                            correct answers at twice the longest training length, in percent
+    results_table.py --time             the time of a training step, as a multiple of that of nope
 
-Parameters are counted in the models themselves, here at the tiny preset. What decoding keeps is seen by feeding them
-tokens: how many numbers more per token and layer, from token 300 to token 400.
-Writes experiments/results/atlas.csv and .png; with --time first atlas-time.csv.
+Bits per byte are those of the causal loss, for data sets of bytes. Parameters are counted in the models, at the tiny
+preset. The cache is the number of elements that decoding stores per further token and layer, from token 300 to 400.
+Writes experiments/results/results_table.csv and .png; with --time also results_table-time.csv.
 """
-import argparse
-import dataclasses
+import math
 import re
 import statistics
-from pathlib import Path
 
 import torch
-from compare import SCHEMES, colors
-from curves import label_points
-from laptop import in_turns
-from lib import common_flags, parse, pyplot, read_csv, save, write_csv
-from speed import training_step
+from lib import SCHEMES, Parser, cpu_has_bf16, die, line_panels, new_model, print_table, read_csv, save, write_csv
+from speed import in_turns, training_step
 
-import common
-import train
-from common import die
-
-ATLAS = {  # scheme: what it adds to the score of query i and key j; where it is described
+TABLE = {  # scheme: what it adds to the score of query i and key j; where it is described
     'nope': ('nothing', 'Haviv et al. 2022, Chi et al. 2023'),
     'absolute': ('nothing; `p_i` to the embedding', 'Gehring et al. 2017, GPT-2'),
-    'rope': ('nothing; turns `q_i`, `k_j` by `i`, `j` times `theta`', 'Su et al. 2021'),
+    'rope': ('nothing; rotates `q_i`, `k_j` by `i theta`, `j theta`', 'Su et al. 2021'),
+    'rope+nope': ('as rope, in every second layer only', 'Yang et al. 2025'),
     'alibi': ('`-slope abs(i - j)`', 'Press et al. 2022'),
     'tisa': ('`sum_s a_s exp(-abs(b_s) (j - i - c_s)^2)`', 'Wennberg and Henter 2021'),
     'cape': ('nothing; sinusoids to the embedding, shifted and scaled in training', 'Likhomanenko et al. 2021'),
     'fixed': ('`beta_{j-i}`', 'Raffel et al. 2020 (T5)'),
     'dynamic': ('`q_i.W_{j-i}/sqrt(hs)`', 'Shaw et al. 2018'),
     'composite': ('`q_i.W_{j-i}/sqrt(hs) + beta_{j-i}`', 'Chang et al. 2021'),
-    'composite+key': ('the same and `k_j.U_{i-j}/sqrt(hs)`', 'Chang et al. 2021'),
+    'composite+key': ('as composite, and `k_j.U_{i-j}/sqrt(hs)`', 'Chang et al. 2021'),
     'composite+output': ('as composite; a convolution of the values after the softmax', 'Chang et al. 2021'),
     'conv-output': ('nothing; a convolution of the values after the softmax', 'Chang et al. 2021'),
     'conv-qkv': ('nothing; convolves the input of `q`, `k`, `v` in half of the heads', 'Chang et al. 2021'),
-    'nprf+rpe': ('`b_{j-i}`, with features in place of the softmax', 'Luo et al. 2021'),
-    'nprf+rpe-64': ('the same, with one `b` for all beyond 64 on a side', 'Luo et al. 2021'),
+    'nprf+rpe': ('`b_{j-i}`, with random features in place of the softmax', 'Luo et al. 2021'),
+    'nprf+rpe-64': ('as nprf+rpe, with one `b` for all offsets beyond 64 on a side', 'Luo et al. 2021'),
 }
-LENGTHS = 128, 1024  # of the texts whose steps are timed
+LENGTHS = 128, 1024  # of the sequences whose steps are timed
 TASKS = 'copy', 'reverse', 'addition'
 MAIN = 'nope absolute rope alibi fixed dynamic composite conv-output nprf+rpe'.split()  # the schemes of --short
-SHORT = 'scheme', 'adds to the score', 'loss, causal', 'masked', '8x length', 'step, 128', 'keeps', 'paper'
+SHORT = 'scheme', 'adds to the score', 'loss, causal', 'loss, masked', '8x length', 'paper'
 HEADER = ('scheme', 'parameters_added', 'causal', 'causal_seeds', 'causal_spread', 'masked', 'masked_seeds',
-          'masked_spread', 'at_8x', *TASKS, *(f'step_{T}' for T in LENGTHS), 'kept', 'probe_before', 'probe_after')
-
-
-def build(scheme, **fields):
-    """A model of a scheme at the tiny preset."""
-    _, module, config, _ = train.resolve(SCHEMES[scheme])
-    return module.Model(dataclasses.replace(config, vocab_size=256, **fields))
-
-
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
+          'masked_spread', 'at_8x', *TASKS, *(f'step_{T}' for T in LENGTHS), 'cache', 'probe_before', 'probe_after')
 
 
 @torch.no_grad()
-def kept(model):
-    """Numbers that decoding keeps of each further token in each layer, between tokens 300 and 400."""
+def cache_size(model):
+    """Elements that decoding stores per further token and layer, between tokens 300 and 400."""
     state = model.eval().new_state()
     totals = []
     for n in (300, 100):
@@ -81,65 +63,64 @@ def kept(model):
     return (totals[1] - totals[0]) / 100 / len(state)
 
 
-def measure_steps(seconds):
-    """Rows (scheme, tokens in a text, ms per step): 3,072 bytes in a step, in turns, as precise as --dtype auto."""
-    bf16 = common.multiplies_bf16(torch.device('cpu'))
+def measure_steps(repeats):
+    """Rows (scheme, tokens per sequence, ms per step of 3,072 bytes), in turns; bfloat16 if the CPU has it."""
     rows = []
     for T in LENGTHS:
         idx = torch.randint(256, (3072 // T, T))
-        jobs = {scheme: training_step(build(scheme, block_size=T), idx, bf16, compiled=False) for scheme in ATLAS}
-        rows += [(scheme, T, ms) for scheme, ms in in_turns(jobs, seconds).items()]
+        jobs = {scheme: training_step(new_model(SCHEMES[scheme], block_size=T), idx, cpu_has_bf16(), False)
+                for scheme in TABLE}
+        rows += [(scheme, T, ms) for scheme, ms in in_turns(jobs, repeats).items()]
     return rows
 
 
-def read(folder, name, **wanted):
-    """The rows of a table where the columns `wanted` have these values; none if there is no such table."""
-    path = Path(folder, f'{name}.csv')
-    rows = read_csv(path) if path.is_file() else []
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+def column(path, key, **wanted):
+    """The column `key` of a table in the rows where other columns have the wanted values."""
+    return [row[key] for row in read_csv(path) if all(row[name] == value for name, value in wanted.items())]
 
 
 def last_losses(folder, name, objective, scheme):
     """The last validation loss of each seed."""
     last = {}
-    for table in (f'compare-{name}', f'compare-{name}-{objective}'):  # of a command with both objectives, or with one
-        for row in read(folder, table, objective=objective, scheme=scheme):
+    for row in read_csv(folder / f'compare-{name}-{objective}.csv'):
+        if row['scheme'] == scheme:
             last[row['seed']] = float(row['val_loss'])
     return list(last.values())
 
 
-def probe_errors(folder, name, what, scheme):
-    """The error of the MLP after the last layer in each run of a scheme, 'trained' or 'before training'."""
+def probe_error(folder, name, what, scheme):
+    """Mean over the seeds of the error of the MLP after the last layer, 'trained' or 'before training'."""
     errors = {}
-    for row in read(folder, f'probe_position-{name}', tap='after MLP', probe='MLP'):
-        if re.fullmatch(rf'{what}: {re.escape(scheme)}-\d+', row['model']):
+    for row in read_csv(folder / f'probe_position-{name}.csv'):
+        named = re.fullmatch(rf'{what}: {re.escape(scheme)}-\d+', row['model'])
+        if named and (row['tap'], row['probe']) == ('after MLP', 'MLP'):
             errors.setdefault(row['model'], {})[int(row['layer'])] = float(row['error'])
-    return [of_layer[max(of_layer)] for of_layer in errors.values()]
+    return mean([of_layer[max(of_layer)] for of_layer in errors.values()])
 
 
-def mean(numbers):
-    return statistics.mean(numbers) if numbers else None
+def mean(values):
+    return statistics.mean(map(float, values)) if values else None
 
 
 def collect(folder, name):
     """A row of the CSV for each scheme; None where nothing has been measured."""
-    base = parameters(build('nope'))
+    def parameters(scheme):
+        return sum(p.numel() for p in new_model(SCHEMES[scheme]).parameters())
     rows = []
-    for scheme in ATLAS:
-        row = [scheme, parameters(build(scheme)) - base]
+    for scheme in TABLE:
+        row = [scheme, parameters(scheme) - parameters('nope')]
         for objective in ('causal', 'masked'):
             last = last_losses(folder, name, objective, scheme)
             row += [mean(last), len(last), statistics.stdev(last) if len(last) > 1 else None]
-        row.append(mean([float(r['loss']) for r in read(folder, f'extrapolate-{name}', scheme=scheme, times='8')]))
+        row.append(mean(column(folder / f'extrapolate-{name}.csv', 'loss', scheme=scheme, times='8')))
         for task in TASKS:
-            asked = read(folder, 'tasks', task=task, scheme=scheme, length='40')
-            longest = max((int(r['steps']) for r in asked), default=0)
-            row.append(mean([float(r['right_percent']) for r in asked if int(r['steps']) == longest]))
+            row.append(mean(column(folder / 'tasks.csv', 'right_percent', task=task, scheme=scheme, length='40')))
         for T in LENGTHS:
-            times = {r['scheme']: float(r['ms']) for r in read(folder, 'atlas-time', tokens=str(T))}
-            row.append(times[scheme] / times['nope'] if scheme in times else None)
-        row.append(kept(build(scheme, block_size=512)))
-        row += [mean(probe_errors(folder, name, what, scheme)) for what in ('before training', 'trained')]
+            ms = mean(column(folder / 'results_table-time.csv', 'ms', scheme=scheme, tokens=str(T)))
+            base = mean(column(folder / 'results_table-time.csv', 'ms', scheme='nope', tokens=str(T)))
+            row.append(ms / base if ms and base else None)
+        row.append(cache_size(new_model(SCHEMES[scheme], block_size=512)))
+        row += [probe_error(folder, name, what, scheme) for what in ('before training', 'trained')]
         rows.append(tuple(row))
     return rows
 
@@ -148,67 +129,56 @@ def cells_of(values):
     """{heading: cell} of a row of the CSV; a dash where nothing has been measured."""
     row = dict(zip(HEADER, values))
 
-    def cell(key, form):
-        return '-' if row[key] is None else 'ends' if row[key] != row[key] else format(row[key], form)
+    def cell(value, form):
+        return '-' if value is None else 'ends' if value != value else format(value, form)
 
     def loss(objective):
         spread = row[f'{objective}_spread']
-        return cell(objective, '.3f') + ('' if spread is None else f' ({spread:.3f})')
-    formula, paper = ATLAS[row['scheme']]
-    return {'scheme': row['scheme'], 'adds to the score': formula, 'parameters': cell('parameters_added', ',d'),
-            'loss, causal': loss('causal'), 'masked': loss('masked'), '8x length': cell('at_8x', '.3f'),
-            'copy, reverse, add': ', '.join(cell(task, '.0f') for task in TASKS),
-            **{f'step, {T:,}': cell(f'step_{T}', '.1f') for T in LENGTHS}, 'keeps': cell('kept', '.0f'),
-            'probe': f'{cell("probe_before", ".0f")}, {cell("probe_after", ".0f")}', 'paper': paper}
+        return cell(row[objective], '.3f') + ('' if spread is None else f' ({spread:.3f})')
+    formula, paper = TABLE[row['scheme']]
+    bits = None if row['causal'] is None else row['causal'] / math.log(2)
+    return {'scheme': row['scheme'], 'adds to the score': formula, 'parameters': f'{row["parameters_added"]:,}',
+            'loss, causal': loss('causal'), 'bits per byte': cell(bits, '.3f'), 'loss, masked': loss('masked'),
+            '8x length': cell(row['at_8x'], '.3f'), 'copy, reverse, add': ', '.join(cell(row[t], '.0f') for t in TASKS),
+            **{f'step, {T:,}': cell(row[f'step_{T}'], '.1f') for T in LENGTHS}, 'cache': cell(row['cache'], '.0f'),
+            'probe': f'{cell(row["probe_before"], ".0f")}, {cell(row["probe_after"], ".0f")}', 'paper': paper}
 
 
-def print_table(rows, short):
-    """short: the columns and the schemes of MAIN only."""
-    table = [cells_of(values) for values in rows if not short or values[0] in MAIN]
-    heads = SHORT if short else list(table[0])
-    print(f'\n| {" | ".join(heads)} |\n{"|---" * len(heads)}|')
-    for cells in table:
-        print(f'| {" | ".join(cells[head] for head in heads)} |')
+def the_table(rows, short=False):
+    """Rows of the CSV -> header and cells. short: the columns SHORT and the schemes MAIN only."""
+    table = [cells_of(row) for row in rows if not short or row[0] in MAIN]
+    heads = SHORT if short else tuple(table[0])
+    return heads, [tuple(cells[head] for head in heads) for cells in table]
 
 
 def draw(rows):
-    """Loss over the time of a step, for each objective."""
-    fig, axes = pyplot().subplots(1, 2, figsize=(12, 4.5), layout='constrained')
-    color = colors([row[0] for row in rows])
-    for ax, objective in zip(axes, ('causal', 'masked')):
-        points = []
-        for values in rows:
-            row = dict(zip(HEADER, values))
+    """Causal and masked loss over the time of a step."""
+    panels = {'causal': {}, 'masked': {}}
+    for values in rows:
+        row = dict(zip(HEADER, values))
+        for objective, panel in panels.items():
             if row[objective] is not None and row['step_128'] is not None:
-                points.append((row['step_128'], row[objective], row['scheme'], color[row['scheme']]))
-                ax.plot(*points[-1][:2], 'o', color=points[-1][3])
-        ax.set(title=f'{objective} language model', xlabel='time of a step, 128 tokens, in steps of nope',
-               ylabel='last validation loss (nats per token)')
-        ax.margins(x=0.15)
-        ax.grid(alpha=0.3)
-        label_points(ax, points)
-    return fig
-
-
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--name', default='python-8000', help='of the comparison (default %(default)s)')
-    parser.add_argument('--time', action='store_true', help='measure the time of a step of every scheme first')
-    parser.add_argument('--seconds', type=float, default=60, help='of this measurement, for each length (default 60)')
-    parser.add_argument('--short', action='store_true', help='print the table of README.md')
-    common_flags(parser, None, dataset=False)
-    return parse(parser)
+                panel[row['scheme']] = [row['step_128']], [row[objective]]
+    return line_panels(panels, 'time of a step, 128 tokens, over that of nope', 'last validation loss (nats per token)',
+                       'o')
 
 
 def main():
-    args = arguments()
-    if not list(Path(args.results).glob(f'compare-{args.name}*.csv')):
-        die(f'found no compare-{args.name}.csv in {args.results}; compare.py --name {args.name} writes it')
+    parser = Parser(__doc__)
+    parser.add('--name', 'enwik8-8000', note='of the comparison')
+    parser.add_argument('--time', action='store_true', help='measure the time of a step of every scheme first')
+    parser.add('--repeats', 10, note='steps of each scheme in this measurement')
+    parser.add_argument('--short', action='store_true', help='print the table of README.md')
+    args = parser.parse_args()
+    if not list(args.results.glob(f'compare-{args.name}-*.csv')):
+        die(f'found no compare-{args.name}-causal.csv in {args.results}; compare.py --name {args.name} writes it')
     if args.time:
-        write_csv(args.results, 'atlas-time', ('scheme', 'tokens', 'ms'), measure_steps(args.seconds))
+        path = args.results / 'results_table-time.csv'
+        write_csv(path, ('scheme', 'tokens', 'ms'), measure_steps(args.repeats))
     rows = collect(args.results, args.name)
-    path = write_csv(args.results, 'atlas', HEADER, rows)
-    print_table(rows, args.short)
+    path = args.results / 'results_table.csv'
+    write_csv(path, HEADER, rows)
+    print_table(the_table(rows, args.short))
     save(draw(rows), path)
 
 

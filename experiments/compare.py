@@ -99,7 +99,7 @@ def compare(objective, args):
     save(draw(asked, f'{args.name}: {objective} language models'), path)
 
 
-def arguments():
+def main():
     parser = Parser(__doc__, 'a much smaller setting: one seed, 60 steps')
     parser.add_argument('--schemes', nargs='+', default=MAIN, metavar='SCHEME',
                         help=f"of {', '.join(SCHEMES)} (default {' '.join(MAIN)}), or 'name: flags of train.py'")
@@ -121,11 +121,6 @@ def arguments():
     check_name('--name', args.name)
     if args.quick:
         args.train = [*QUICK, *args.train]
-    return args
-
-
-def main():
-    args = arguments()
     for objective in args.objectives:
         compare(objective, args)
 

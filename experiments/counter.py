@@ -7,20 +7,15 @@ Chi et al. 2023: the causal mask leaves the position in the variance of the atte
 model makes of it. The direction is the mean output at the first position, from one half of the sequences; all outputs
 of the other half are projected onto it. If the coordinate changes steadily with the position and has most of the
 squared norm (the share; 1 / n_embd in a random direction), the layer holds a counter.
-
-The second table tells what the coordinate is for: losses, in nats per token, of the other half of the sequences when
-the coordinate of one layer is replaced.
+The second table has losses, in nats per token, when the coordinate of one layer is replaced:
   constant         by its mean over all positions: the counter is gone
   position alone   by its mean at each position: everything else in it is gone
-  aside            the change that `constant` makes, along a random orthogonal direction: the effect of any change of
-                   this size
+  aside            the change that `constant` makes, along a random orthogonal direction, as a control
   far              nothing is replaced; the second half of sequences of 4 times the training length, as in the next two
   far alone        as position alone
   squeezed         by the means of positions 1 ... T spread evenly over 1 ... 4T: position m gets about that of m / 4
-Half as many long sequences give the means of `far alone`, and as many others are measured. The last columns are the
-coordinate itself: its 1 % quantile within the training length, and its means at 2T and 4T.
-For causal models of any scheme. Writes experiments/results/counter.csv, counter-use.csv and counter.png (with --quick
-in out/quick).
+The last columns are the coordinate: its 1 % quantile within the training length, and its means at 2T and 4T.
+Writes experiments/results/counter.csv, counter-use.csv and counter.png (with --quick in out/quick).
 """
 import numpy as np
 import torch

@@ -19,8 +19,8 @@ def curve_table(runs):
     rows = []
     for name, log in runs.items():
         best = min((row for row in log if 'val_loss' in row), key=lambda row: row['val_loss'], default={})
-        rows.append((name, f'{log[-1]["step"]:.0f}', f'{log[-1]["seconds"]:.0f}', f'{best.get("val_loss", math.nan):.4f}',
-                     f'{best.get("bits_per_byte", math.nan):.4f}'))
+        rows.append((name, f'{log[-1]["step"]:.0f}', f'{log[-1]["seconds"]:.0f}',
+                     *(f'{best.get(key, math.nan):.4f}' for key in ('val_loss', 'bits_per_byte'))))
     return ('run', 'steps', 'seconds', 'best validation loss', 'bits per byte'), rows
 
 

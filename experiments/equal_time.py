@@ -29,11 +29,6 @@ def steps_in_time(log, minutes):
     return max(10, round(minutes * 60e3 / ms))
 
 
-def train_once(label, out, words):
-    for _ in train_all([(label, out, words)]):
-        pass
-
-
 def run(T, scheme, flags, args):
     """-> rows of the table for one run, which is trained if it is not finished."""
     name = f'{args.dataset}-{scheme}-{T}-{args.minutes:g}' + ('-quick' if args.quick else '')
@@ -45,10 +40,10 @@ def run(T, scheme, flags, args):
     else:
         timed = Path(f'{out}-timed')
         n = '6' if args.quick else '30'
-        train_once(f'timing of {name}', timed, [*words, '--max_iters', n, '--warmup_iters', '1', '--log_interval', '1',
-                                                '--eval_interval', n, '--eval_tokens', '4096'])
+        list(train_all([(f'timing of {name}', timed, [*words, '--max_iters', n, '--warmup_iters', '1', '--log_interval',
+                                                      '1', '--eval_interval', n, '--eval_tokens', '4096'])]))
         steps = steps_in_time(read_log(timed), args.minutes)
-    train_once(name, out, [*words, '--max_iters', str(steps), '--eval_interval', str(max(1, steps // 20))])
+    list(train_all([(name, out, [*words, '--max_iters', str(steps), '--eval_interval', str(max(1, steps // 20))])]))
     rows = [(T, scheme, args.minutes, int(row['step']), row['seconds'], row['val_loss'])
             for row in read_log(out) if 'val_loss' in row]
     print(f'{scheme}, {T} tokens: {rows[-1][3]} steps, {rows[-1][4]:.0f} s, loss {rows[-1][5]:.4f}', flush=True)

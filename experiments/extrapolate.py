@@ -4,9 +4,8 @@ Loss at 1, 2, 4 and 8 times the training length, for any causal runs.
     python experiments/extrapolate.py --name enwik8-8000    # the causal runs of compare.py: one line per scheme
     python experiments/extrapolate.py out/composite-causal-shakespeare out/nope-causal-shakespeare --quick
 
-None of the three papers shows it for all schemes. The same tokens are predicted at every length: the last block_size
-tokens of sequences of 8 block_size tokens, with 0, 1, 3 or 7 block_size tokens of context before them. A scheme that
-extrapolates keeps its loss or gains from the longer context. Learned absolute positions end at block_size.
+The same tokens are predicted at every length: the last block_size tokens of sequences of 8 block_size tokens, with 0,
+1, 3 or 7 block_size tokens of context before them. Learned absolute positions end at block_size.
 Writes experiments/results/extrapolate[-<name>].csv and .png (with --quick in out/quick).
 """
 import math

@@ -5,8 +5,7 @@ How far attention by random features is from the softmax, over the norm of queri
     python experiments/feature_error.py            # 100 draws
 
 Answers Figure 1b of Luo et al. 2021: L1 distance between a row of attention and its estimate, 1,024 keys of 64
-channels, queries and keys of norm R. At R = 1 (after normalization) the error falls with m as 1/sqrt(m). From R = 4 on
-no number of features here is enough: Theorem 3 asks for m that grows like exp(4 R^2). The largest distance is 2.
+channels, queries and keys of norm R (1 after normalization). Theorem 3 asks for m that grows like exp(4 R^2).
 Writes experiments/results/feature_error.csv and .png (with --quick in out/quick).
 """
 import statistics

@@ -1,26 +1,15 @@
 """
-Fine-tune pre-trained models on four tasks of GLUE and one of word order, with several seeds: how much does a position
-scheme help?
+Fine-tune pre-trained models on four tasks of GLUE and one of word order: how much does a position scheme help?
 
     python experiments/finetune_glue.py --out_dirs out/composite-masked-wikitext2 --quick    # a minute: does it run?
     python experiments/finetune_glue.py --out_dirs out/nope-masked-wikitext2 out/composite-masked-wikitext2
     python experiments/finetune_glue.py --out_dirs out/composite-masked-wikitext2 --tasks cola --glue GLUE
                                                                         # a folder: GLUE/CoLA/train.tsv, ...
 
-Tables 1 and 6 of Chang et al. 2021, with their settings of fine-tuning (Table 5). Their numbers for BERT-small, 13.4M
-parameters:
-
-                CoLA (Matthews)   SST-2 (accuracy)   MRPC    RTE (accuracy)
-                test    dev       test    dev        test    test    dev
-    none        13.9     7.0      81.9    80.9       77.9    62.0    61.0
-    absolute    30.8    33.5      85.1    85.0       80.4    62.2    64.4
-    fixed       42.1    38.3      87.1    86.9       83.8    64.4    64.7
-    dynamic     39.1    38.4      87.3    86.8       83.8    64.4    65.1
-    composite   40.4    40.9      87.8    86.9       85.0    64.7    66.1
-
-Expect less: our models are smaller and are pre-trained on far less data (theirs 125,000 steps of 128 sequences of 128
-BPE tokens), theirs learn MNLI before MRPC and RTE, and their test columns are of the best of ten runs on dev.
-Here, as in their dev columns, it is the mean of all runs. Longer inputs than block_size are cut.
+Tables 1 and 6 of Chang et al. 2021, with their settings of fine-tuning (Table 5). Expect less: our models are smaller
+and are pre-trained on far less data (theirs on 125,000 steps of 128 sequences of 128 BPE tokens), theirs learn MNLI
+before MRPC and RTE, and their test columns are of the best of ten runs on dev. Here, as in their dev columns, it is the
+mean of all runs. Inputs longer than block_size are cut.
 `order` is not a task of GLUE or of the paper: were two neighboring words of one of CoLA's acceptable sentences swapped?
 It needs positions as CoLA does, and much less grammar.
 Writes experiments/results/finetune_glue[-<tasks>].csv and .png (with --quick in out/quick).
@@ -179,7 +168,7 @@ def answers(model, head, texts):
 
 
 def metrics(task, y, t):
-    """{metric: percent} of predictions y where t is true; the picture shows the first."""
+    """{metric: percent} of predictions y where t is true."""
     found = {}
     if task == 'cola':  # Matthews' correlation is Pearson's of two 0/1 vectors; 0 where one of them is constant
         found['Matthews'] = 0.0 if np.ptp(y) == 0 or np.ptp(t) == 0 else np.corrcoef(y, t)[0, 1]
@@ -219,7 +208,7 @@ def all_seeds(name, model, checkpoint, data, args):
 
 
 def score_table(values):
-    """values {(run, task, metric): a value per seed} -> mean (standard deviation), a column for each task and metric."""
+    """values {(run, task, metric): a value per seed} -> mean (standard deviation) by task and metric."""
     columns = list(dict.fromkeys(key[1:] for key in values))
     rows = []
     for run in dict.fromkeys(run for run, _, _ in values):
@@ -233,16 +222,11 @@ def score_table(values):
 
 
 def draw(values):
-    """The first metric of each task, mean over the seeds."""
-    first = {}
-    for _, task, metric in values:
-        first.setdefault(task, metric)
-    lines = {}
-    for run in dict.fromkeys(run for run, _, _ in values):
-        found = [(x, values[run, *key]) for x, key in enumerate(first.items()) if (run, *key) in values]
-        lines[run] = [x for x, _ in found], [statistics.mean(seeds) for _, seeds in found]
-    title = ', '.join(f'{x}: {task} ({metric})' for x, (task, metric) in enumerate(first.items()))
-    return line_panels({title: lines}, 'task', 'percent on dev, mean over seeds', 'o', xticks=range(len(first)))
+    """A panel for each task and metric, mean over the seeds."""
+    panels = {}
+    for (run, task, metric), found in values.items():
+        panels.setdefault(f'{task}, {metric}', {})[run] = [0], [statistics.mean(found)]
+    return line_panels(panels, '', 'percent on dev, mean over seeds', 'o', xticks=[])
 
 
 def main():

@@ -45,13 +45,11 @@ DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF1
 def download(size):
     """Download config.json and model.safetensors, or find them in the hub's cache -> their folder."""
     try:
-        import huggingface_hub
-        huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)  # errors are reported below, once
-        for name in ('config.json', 'model.safetensors'):
-            file = huggingface_hub.hf_hub_download(f'openai-community/{size}', name)
-        return Path(file).parent
+        from huggingface_hub import hf_hub_download
+        files = [hf_hub_download(f'openai-community/{size}', name) for name in ('config.json', 'model.safetensors')]
+        return Path(files[0]).parent
     except Exception as e:  # no network, no huggingface_hub, a full disk: errors of many libraries
-        die(f'{size} cannot be downloaded: {type(e).__name__}: {one_line(e)}. Without a network, use --path with a copy')
+        die(f'{size} cannot be downloaded: {type(e).__name__}: {one_line(e)}. Without a network: --path with a copy')
 
 
 def read_shape(folder):
@@ -226,7 +224,6 @@ def main():
     n = sum(w.numel() for w in weights.values()) / 1e6
     print(f'{args.out_dir}: {n:.1f}M weights, positions {"dropped" if args.drop_positions else "kept"}; '
           f'the scheme adds {", ".join(own) or "no tensor"}')
-    print(f'Now try: python train.py --eval_only --out_dir {args.out_dir}, or --resume to fine-tune it')
 
 
 if __name__ == '__main__':

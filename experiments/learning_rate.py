@@ -56,7 +56,7 @@ def draw(rows):
     return line_panels(panels, 'learning rate', 'last validation loss (nats per token)', 'o-', xscale='log')
 
 
-def arguments():
+def main():
     parser = Parser(__doc__, 'half the width, half the layers, 60 steps, two rates')
     parser.add('--rates', [3e-3, 6e-3, 1.2e-2], [3e-3, 6e-3], type=rate, nargs='+')
     parser.add('--schemes', 'nope rope alibi composite conv kernelized'.split(), nargs='+', metavar='SCHEME',
@@ -69,15 +69,11 @@ def arguments():
     args = parser.parse_args()
     known = {word: FLAGS[word] for word in args.schemes if word in ('conv', 'kernelized')}
     args.schemes = known | read_schemes([word for word in args.schemes if word not in known])
-    return args
-
-
-def main():
-    args = arguments()
     path = table_path(args, 'learning_rate')
     rows = [tuple(map(number, row.values())) for row in read_csv(path)]
     runs, keys = [], []
-    for dataset, objective, scheme, value in itertools.product(args.datasets, args.objectives, args.schemes, args.rates):
+    settings = itertools.product(args.datasets, args.objectives, args.schemes, args.rates)
+    for dataset, objective, scheme, value in settings:
         key = dataset, objective, args.steps, scheme, value
         if scheme in FLAGS and any(row[:5] == key for row in rows):
             continue

@@ -59,10 +59,12 @@ OWN_PALETTE = '#ff00ff #00c000 #0000ff #ffd700 #800000 #00ced1'.split()  # for a
 
 
 def colors(names):
-    """{name: color}. A known scheme has the same color in every picture; other names take further colors in turn."""
-    own = [name for name in names if name not in SCHEMES]
-    found = dict(zip([*SCHEMES, *own], [*PALETTE, *itertools.islice(itertools.cycle(OWN_PALETTE), len(own))]))
-    return {name: found[name] for name in names}
+    """{name: color}. A known scheme, or a seed of it, has the same color in every picture; others take free colors."""
+    known = {name: name if name in SCHEMES else re.sub(r'-\d+$', '', name) for name in names}
+    own = [name for name in names if known[name] not in SCHEMES]
+    free = itertools.cycle(OWN_PALETTE if len(own) < len(names) else PALETTE)
+    color = dict(zip(SCHEMES, PALETTE)) | dict(zip(own, free))
+    return {name: color[name] if name in color else color[known[name]] for name in names}
 
 
 def in_order(names):
@@ -92,12 +94,13 @@ def read_schemes(words):
 
 
 def check_name(flag, name):
+    """Refuse names that are no good names of files."""
     if not re.fullmatch(r'[\w.+-]+', name):
         die(f'{flag}: a name may hold letters, digits, dots, dashes, plus signs and underscores only, not {name!r}')
 
 
 def resolve(words):
-    """Flags of train.py -> its Settings, the model file, the model's Config. Wrong flags end the script, exit code 2."""
+    """Flags of train.py -> its Settings, the model file, its Config. Wrong flags end the script, exit code 2."""
     return train.resolve(words)[:3]
 
 
@@ -180,16 +183,11 @@ def optimize(model, ids, steps, learning_rate=3e-3, seed=1, batch_size=16):
 
 
 @torch.no_grad()
-def validation(model, ids, tokens=16384, batch_size=16):
-    """Mean loss in nats per token over the first `tokens` tokens of ids, in sequences of block_size."""
+def validation(model, ids, tokens):
+    """Mean loss in nats per token over `tokens` tokens from all over ids, in sequences of block_size."""
     T = model.config.block_size
-    n = min(tokens, len(ids) - 1) // T
-    x = torch.from_numpy(ids[:n * T + 1].astype(np.int64)).to(model.wte.weight.device)
-    inputs, targets = x[:-1].view(n, T), x[1:].view(n, T)
-    total = 0.0
-    for a, b in zip(inputs.split(batch_size), targets.split(batch_size)):
-        total += model(a, b)[1].item() * len(a)
-    return total / n
+    parts = sequences(ids, tokens // T, T + 1).to(model.wte.weight.device).split(16)
+    return sum(model(part[:, :-1], part[:, 1:])[1].item() * len(part) for part in parts) / (tokens // T)
 
 
 def layer_calls(model, idx):
@@ -291,8 +289,8 @@ def start(out, words, jobs):
 def train_all(runs, jobs=1):
     """Train what is not finished, `jobs` runs at a time (2 or more: one thread each); yield the numbers of ended runs.
 
-    runs: [(label, folder, flags of train.py)]. All flags are checked first. If a run fails, or at SIGINT or SIGTERM, the
-    running ones finish their step and save, and the script ends. The same command continues with what is left.
+    runs: [(label, folder, flags of train.py)]. All flags are checked first. If a run fails, or at SIGINT or SIGTERM,
+    the running ones finish their step and save, and the script ends. The same command continues with what is left.
     """
     for _, out, words in runs:
         check_run(out, words)
@@ -445,7 +443,7 @@ def line_panels(panels, xlabel, ylabel, marker='.-', **axes):
     """
     wide = min(4, len(panels))
     down = -(-len(panels) // wide)
-    fig, all_axes = pyplot().subplots(down, wide, figsize=(5.5 * wide ** 0.8, 4 * down), squeeze=False,
+    fig, all_axes = pyplot().subplots(down, wide, figsize=(7 * wide ** 0.6, 4 * down), squeeze=False,
                                       layout='constrained')
     color = colors(list(dict.fromkeys(name for lines in panels.values() for name in lines)))
     for ax in all_axes.flat[len(panels):]:
@@ -456,23 +454,27 @@ def line_panels(panels, xlabel, ylabel, marker='.-', **axes):
         ax.set(xlabel=xlabel, ylabel=ylabel, **axes)
         ax.set_title(title, fontsize=9)
         ax.grid(alpha=0.3)
+        if axes.get('xscale') == 'log':
+            first, *_, last = sorted({float(value) for x, _ in lines.values() for value in x})
+            ticks = [first * 2 ** i for i in range(99) if first * 2 ** i <= last]
+            ax.set_xticks(ticks, [f'{tick:g}' for tick in ticks], fontsize=8)
+            ax.minorticks_off()
         label_ends(ax, [(y[-1], x[-1], name, color[name]) for name, (x, y) in lines.items() if len(x)])
     return fig
 
 
 def label_ends(ax, ends):
     """Write names at the ends (y, x) of their curves, right of the axes, without overlaps."""
-    if ax.get_yscale() == 'log':  # the spacing below is linear
-        ax.legend([name for _, _, name, _ in ends], fontsize=7)
-        return
-    low, high = ax.get_ylim()
+    scale = math.log if ax.get_yscale() == 'log' else float
+    back = math.exp if ax.get_yscale() == 'log' else float
+    low, high = map(scale, ax.get_ylim())
     free = low
     for y, x, name, color in sorted(ends):
-        free = max(free, y)
+        free = max(free, scale(y))
         line = dict(arrowstyle='-', color='0.5', lw=0.5, ls=':', relpos=(0, 0.5))
-        ax.annotate(name, (x, y), (1.06, free), textcoords=('axes fraction', 'data'), color=color, fontsize=8,
+        ax.annotate(name, (x, y), (1.06, back(free)), textcoords=('axes fraction', 'data'), color=color, fontsize=8,
                     va='center', annotation_clip=False, arrowprops=line)
-        free += (high - low) / 25
+        free += (high - low) / 22
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """
-Draw one sentence through one head of each layer: the parts of its attention. The axes are the tokens.
+Draw one sentence through one head of each layer: the parts of its attention. The axes are the tokens. The head is the
+one whose weights differ most from equal weights.
 
     python experiments/look_inside.py --out_dir out/composite-causal-shakespeare --text "To be, or not to be"
 
@@ -74,11 +75,10 @@ SCHEMES = {'composite': softmax_attention, 'conv': softmax_attention, 'nope': so
 
 
 @torch.no_grad()
-def look(model, idx, scheme, head=None):
+def look(model, idx, scheme):
     """One head of each layer at the tokens idx (1, T): -> a list of dicts, and which key a query sees, bool (T, T).
 
-    scheme: a function above. head counts from 0; None: in each layer the one whose weights differ most from equal ones.
-    Raises ValueError if weights times values are not the layer's own output.
+    scheme: a function above. Raises ValueError if weights times values are not the layer's own output.
     """
     see = torch.ones(idx.size(1), idx.size(1), dtype=torch.bool)
     see = see.tril() if model.config.causal else see
@@ -95,7 +95,7 @@ def look(model, idx, scheme, head=None):
         if not gap <= 1e-5:
             raise ValueError(f'weights times values miss the output of layer {n} by {gap:.0e}')
         unequal = (weights - see / see.sum(-1, keepdim=True)).abs().sum((1, 2))  # (nh,)
-        chosen = unequal.argmax().item() if head is None else head
+        chosen = unequal.argmax().item()
         layers.append(dict(number=n, head=chosen, parts={title: part[chosen] for title, part in parts.items()},
                            weights=weights[chosen]))
     return layers, see
@@ -154,17 +154,14 @@ def main():
     parser.add_argument('--out_dir', required=True, help='folder of a run')
     parser.add_argument('--text', default='To be, or not to be', help=f'up to {LONGEST} tokens (default: %(default)s)')
     parser.add_argument('--layer', type=positive, help='1, 2, ... (default: all)')
-    parser.add_argument('--head', type=positive, help='1, 2, ... (default: in each layer the one that is furthest from '
-                        'equal weights)')
     parser.add_argument('--out', help='the picture, a .png file (default: look_inside.png in the folder of the run)')
     args = parser.parse_args()
     out = Path(args.out or Path(args.out_dir, 'look_inside.png'))
     if out.suffix != '.png':
         die(f'--out must end in .png, not {out}')
     model, checkpoint = load_run(args.out_dir, None, 'cpu')
-    for what, number, most in (('layer', args.layer, model.config.n_layer), ('head', args.head, model.config.n_head)):
-        if number is not None and number > most:
-            die(f'--{what} must be from 1 to {most}, not {number}')
+    if args.layer and args.layer > model.config.n_layer:
+        die(f'--layer must be from 1 to {model.config.n_layer}, not {args.layer}')
     encode, piece = tokenizer(checkpoint['meta']['tokenizer'])
     ids = encode(args.text)
     if not 2 <= len(ids) <= LONGEST:
@@ -172,9 +169,8 @@ def main():
     name = checkpoint['settings']['model']
     if name not in SCHEMES:
         die(f'runs of {", ".join(SCHEMES)} can be drawn, and this one is of {name}')
-    head = None if args.head is None else args.head - 1
     try:
-        layers, see = look(model, torch.tensor([ids]), SCHEMES[name], head)
+        layers, see = look(model, torch.tensor([ids]), SCHEMES[name])
     except (ValueError, AttributeError, RuntimeError, IndexError) as e:  # another kind of layer, too many positions
         die(f'model_{name}.py with these settings cannot be drawn: {one_line(e)}')
     layers = [layer for layer in layers if args.layer in (None, layer['number'])]

@@ -13,10 +13,9 @@ answering the middle has an error of T/4.
   MLP         two layers with ReLU, the position as T sigmoid(.), trained on the absolute error
   linear      ridge regression in closed form
   log-norm    the norm of the vector alone, in 64 bins: the median position of each
-A random model writes the position into a variance, an even function, so a linear probe finds little. Random models get
-new random tokens at every step. Trained runs read their validation tokens, the first 4/5 to train the probes, the rest
-to test; each is also probed before its training, and tested with the tokens of each test sequence shuffled. Controls
-for random models: initial weights 10 times as large, and no causal mask.
+Random models get new random tokens at every step; controls are initial weights 10 times as large, and no causal mask.
+Trained runs read their validation tokens, the first 4/5 to train the probes, the rest to test; each is also probed
+before its training, and tested with the tokens of each test sequence shuffled.
 Writes experiments/results/probe_position[-<name>].csv and .png (with --quick in out/quick).
 """
 import math
@@ -27,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from attention_variance import DEVICE, random_model
 from lib import (
-    REPO, Parser, before_training, data_set, in_order, merge_csv, print_table, pyplot, runs_of, save, sequences,
+    Parser, before_training, data_set, in_order, merge_csv, print_table, pyplot, runs_of, save, sequences,
     short_names, table_path)
 
 from sample import load_run
@@ -147,13 +146,12 @@ def probe_random(args, size):
     """Rows for random models: as they are, with large weights, without the mask."""
     rows = []
     for what, times, causal in (('', 1, True), (', weights x 10', 10, True), (', no causal mask', 1, False)):
-        model = random_model(args.model, 0.02 * times, args.seed, DEVICE, causal=causal,
-                             vocab_size=args.vocab_size, **size)
+        model = random_model('nope', 0.02 * times, args.seed, DEVICE, causal=causal, vocab_size=args.vocab_size, **size)
         generator = torch.Generator().manual_seed(args.seed)
 
         def draw_tokens(n):
             return torch.randint(args.vocab_size, (n, size['block_size']), generator=generator)
-        rows += probe(f'random {args.model}{what}', f'{args.vocab_size} kinds, random', model,
+        rows += probe(f'random nope{what}', f'{args.vocab_size} kinds, random', model,
                       lambda: draw_tokens(args.batch), {'': draw_tokens(args.test)}, args)
     return rows
 
@@ -227,12 +225,10 @@ def draw(rows):
     return fig
 
 
-def arguments():
+def main():
     parser = Parser(__doc__, 'a smaller random model and fewer steps')
-    models = sorted(path.stem[6:] for path in (*REPO.glob('model_*.py'), *REPO.glob('baselines/model_*.py')))
     parser.add_argument('out_dirs', nargs='*', help='folders of trained runs, of any model')
     parser.add_argument('--name', help='all causal runs of this --name of compare.py; other rows stay in the table')
-    parser.add('--model', 'nope', note='of the random models', choices=models)
     parser.add('--steps', 2000, 200, 'of training the probes')
     parser.add('--test', 256, 64, 'sequences in the test')
     parser.add('--vocab_size', 50304, note='number of different random tokens')
@@ -242,11 +238,6 @@ def arguments():
     args.batch, args.hidden = (8, 128) if args.quick else (32, 256)  # sequences in a step; hidden units of the MLP
     if args.name and args.out_dirs:
         parser.error('give folders of runs or --name, not both')
-    return args
-
-
-def main():
-    args = arguments()
     out_dirs = runs_of(args.name) if args.name else args.out_dirs
     path = args.results / f'probe_position-{args.name}.csv' if args.name else table_path(args, 'probe_position')
     if not args.name:

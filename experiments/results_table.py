@@ -14,8 +14,8 @@ It reads what these commands wrote, and shows a dash where one has not been run:
     tasks.py                            correct answers at twice the longest training length, in percent
     results_table.py --time             the time of a training step, as a multiple of that of nope
 
-Bits per byte are those of the causal loss, for data sets of bytes. Parameters are counted in the models, at the tiny
-preset. The cache is the number of elements that decoding stores per further token and layer, from token 300 to 400.
+Bits per byte are those of the causal loss, for data sets of bytes. Parameters are those of the tiny preset. The cache
+is the number of elements that decoding stores per further token and layer, from token 300 to 400.
 Writes experiments/results/results_table.csv and .png; with --time also results_table-time.csv.
 """
 import math
@@ -23,6 +23,7 @@ import re
 import statistics
 
 import torch
+from compare import MAIN
 from lib import SCHEMES, Parser, cpu_has_bf16, die, line_panels, new_model, print_table, read_csv, save, write_csv
 from speed import in_turns, training_step
 
@@ -46,7 +47,6 @@ TABLE = {  # scheme: what it adds to the score of query i and key j; where it is
 }
 LENGTHS = 128, 1024  # of the sequences whose steps are timed
 TASKS = 'copy', 'reverse', 'addition'
-MAIN = 'nope absolute rope alibi fixed dynamic composite conv-output nprf+rpe'.split()  # the schemes of --short
 SHORT = 'scheme', 'adds to the score', 'loss, causal', 'loss, masked', '8x length', 'paper'
 HEADER = ('scheme', 'parameters_added', 'causal', 'causal_seeds', 'causal_spread', 'masked', 'masked_seeds',
           'masked_spread', 'at_8x', *TASKS, *(f'step_{T}' for T in LENGTHS), 'cache', 'probe_before', 'probe_after')

@@ -3,18 +3,17 @@ How fast are training steps, attention alone, and decoding?
 
     python experiments/speed.py --quick                              # small, a minute on a CPU: does it run?
     python experiments/speed.py --nanogpt ../nanoGPT --chang ../BERT_Convolutions
-    python experiments/speed.py --parts steps --schemes nope composite 'dense: --model composite --attention dense'
     python experiments/speed.py --recipe --nanogpt ../nanoGPT        # minutes: both programs train on Shakespeare
 
 The parts:
-    steps       whole training steps (forward, backward, AdamW): on a CPU the tiny preset in float32 and bfloat16, on
-                CUDA GPT-2 124M with 32 sequences of 1,024 tokens, bfloat16, compiled. The ratio is over nope.
-                With --nanogpt, nanoGPT's model takes part; `speed` is its time (in the first dtype) over each model's
-    attention   attention alone over the length, forward and backward. The ratio is over scaled_dot_product_attention.
-                Kernel scores and features are computed from queries and keys, which is part of the time
-    decode      milliseconds per token of one sequence, one token at a time after a prompt of 75. The ratio is over nope
-    chang       with --chang: attention of model_composite.py, not causal, with the same weights as the module of Chang
-                et al. The outputs are compared first. `speed` is the module's time over ours
+    steps       whole training steps: on a CPU the tiny preset in float32 and bfloat16, on CUDA GPT-2 124M with 32
+                sequences of 1,024 tokens, bfloat16, compiled. The ratio is over nope. With --nanogpt, nanoGPT's model
+                takes part; `speed` is its time (on a CPU in float32) over each model's
+    attention   attention alone over the length, forward and backward, kernel scores and features included. The ratio
+                is over scaled_dot_product_attention
+    decode      milliseconds per token, one token at a time after a prompt of 75. The ratio is over nope
+    chang       with --chang: model_composite.py's attention, not causal, against the module of Chang et al. with equal
+                weights. The outputs are compared first. `speed` is the module's time over ours
 --nanogpt and --chang name checkouts of github.com/karpathy/nanoGPT and github.com/tylerachang/BERT_Convolutions.
 All forms of a comparison run in turns in one process, so that a ratio belongs to one moment; each time is a median.
 A form that fails is named, the others are timed, and the exit code is 1.
@@ -61,9 +60,8 @@ def attempt(name, job):
     """job(), or None and a name in FAILED if it ends in an error."""
     try:
         return job() or True
-    except Exception as e:  # of one form: the others are measured
+    except Exception:  # of one form: the others are measured
         FAILED.append(name)
-        print(f'{name}: {type(e).__name__}', file=sys.stderr)
         traceback.print_exc()
 
 
@@ -340,9 +338,8 @@ def main():
     else:
         for part in [*args.parts, *(['chang'] if args.chang else [])]:
             dict(steps=steps, attention=attention, decode=decode, chang=chang)[part](args, device, put)
-            done = [row for row in rows.values() if row[0] == part]
             cells = [tuple('' if x is None or x != x else f'{x:,.2f}' if isinstance(x, float) else x for x in row)
-                     for row in done]
+                     for row in rows.values() if row[0] == part]
             print_table((HEADER, cells))
     if FAILED:
         print(f'FAILED: {", ".join(map(str, FAILED))}')

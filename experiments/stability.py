@@ -1,6 +1,5 @@
 """
-Plain random-feature attention against the normalized one with relative positions, as the learning rate rises: which
-models stay stable?
+Which random-feature models stay stable as the learning rate rises: plain or normalized, without or with b?
 
     python experiments/stability.py --quick    # 60 steps, two learning rates
     python experiments/stability.py            # 400 steps, learning rates 1e-3, 3e-3, 1e-2, 3e-2, 1e-1
@@ -8,8 +7,7 @@ models stay stable?
 Answers the claim of Luo et al. 2021 that plain PRF attention cannot be trained from scratch at BERT's size ("all
 attempts diverged") and that NPRF with RPE can; the authors find every variant stable in small translation models.
 Shown: training loss, gradient norm before clipping at 1, and the largest |q||k| of any head after scaling. The error of
-the features grows with it (Theorem 3); with normalization it is 1.
-One seed. A loss that is not finite ends its run.
+the features grows with it (Theorem 3); with normalization it is 1. A loss that is not finite ends its run.
 Writes experiments/results/stability.csv and .png (with --quick in out/quick).
 """
 import math
@@ -64,8 +62,8 @@ def stability_table(rows):
         loss, norm, qk = zip(*(map(float, row[3:]) for row in rows if row[:2] == key))
         last = loss[-max(1, steps // 10):]
         note = '' if len(loss) == steps else f' (not finite at step {len(loss)})'
-        cells.append((f'{float(key[0]):g}', key[1], f'{sum(last) / len(last):.3f}{note}', f'{max(loss[40:] or loss):.2f}',
-                      f'{max(norm):.2f}', f'{max(qk):.1f}'))
+        cells.append((f'{float(key[0]):g}', key[1], f'{sum(last) / len(last):.3f}{note}',
+                      f'{max(loss[40:] or loss):.2f}', f'{max(norm):.2f}', f'{max(qk):.1f}'))
     return ('learning rate', 'model', 'mean loss of the last tenth', 'largest loss after the warm-up',
             'largest gradient norm', 'largest \\|q\\|\\|k\\|'), cells
 

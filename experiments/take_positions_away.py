@@ -16,9 +16,10 @@ Writes experiments/results/take_positions_away-<name>.csv and .png.
 import statistics
 from pathlib import Path
 
+from compare import HEADER, read_curves
 from from_gpt2 import begin_run
 from lib import (
-    QUICK, Parser, check_name, check_run, die, line_panels, losses, positive, print_table, rate, read_csv, read_schemes,
+    QUICK, Parser, check_name, check_run, die, line_panels, losses, positive, print_table, rate, read_schemes,
     refuse_flags, save, train_all, write_csv)
 from train import load_checkpoint
 
@@ -31,8 +32,7 @@ def train_base(out, args):
     """The small GPT-2 that replaces GPT-2: model_nope.py with learned absolute positions and biases."""
     words = ['--model', 'nope', '--absolute', '--bias', '--dataset', args.dataset, *args.train,
              '--max_iters', str(args.base_steps)]
-    for _ in train_all([('the base', out, words)]):
-        pass
+    list(train_all([('the base', out, words)]))
 
 
 def read_base(out):
@@ -60,15 +60,9 @@ def fine_tuning(base, base_out, name, flags, seed, args):
     return f'{name} seed {seed}', out, words
 
 
-def read_curves(path):
+def by_scheme(path):
     """{scheme: [[(step, loss)] of each seed]} of the table."""
-    seeds = {}
-    for row in read_csv(path):
-        seeds.setdefault((row['scheme'], row['seed']), []).append((int(row['step']), float(row['val_loss'])))
-    curves = {}
-    for (scheme, _), curve in seeds.items():
-        curves.setdefault(scheme, []).append(curve)
-    return curves
+    return {scheme: list(seeds.values()) for (_, scheme), seeds in read_curves(path).items()}
 
 
 def loss_table(curves):
@@ -134,11 +128,11 @@ def main():
     rows = []
     for label, out, _ in runs:
         scheme, _, seed = label.split()
-        rows += [(scheme, seed, step, f'{loss:g}') for step, loss in losses(out)]
+        rows += [('causal', scheme, seed, step, f'{loss:g}') for step, loss in losses(out)]
     path = args.results / f'take_positions_away-{args.name}.csv'
-    write_csv(path, ('scheme', 'seed', 'step', 'val_loss'), rows)
-    print_table(loss_table(read_curves(path)))
-    save(draw(read_curves(path), args.name), path)
+    write_csv(path, HEADER, rows)
+    print_table(loss_table(by_scheme(path)))
+    save(draw(by_scheme(path), args.name), path)
 
 
 if __name__ == '__main__':

@@ -118,7 +118,7 @@ def read_rows(path):
 def by_length(rows):
     """{(task, scheme): {length: [percent of correct answers of each seed]}}."""
     found = {}
-    for task in dict.fromkeys(row[0] for row in rows):
+    for task in TASKS:
         for scheme in in_order([row[1] for row in rows if row[0] == task]):
             lengths = found.setdefault((task, scheme), {})
             for row in rows:
@@ -143,7 +143,7 @@ def draw(found):
     return line_panels(panels, f'length of the problem (in training: up to {TRAINED})', 'correct answers, percent')
 
 
-def arguments():
+def main():
     parser = Parser(__doc__, 'smaller models and 20 steps')
     parser.add('--tasks', list(TASKS), nargs='+', choices=list(TASKS))
     parser.add('--schemes', MAIN, nargs='+', metavar='SCHEME',
@@ -152,11 +152,6 @@ def arguments():
     parser.add('--steps', 3000, 20, 'of training')
     args = parser.parse_args()
     args.schemes = read_schemes(args.schemes)
-    return args
-
-
-def main():
-    args = arguments()
     path = table_path(args, 'tasks')
     old = read_rows(path)
     for flags in args.schemes.values():

@@ -387,9 +387,9 @@ def merge_csv(path, header, rows, same, comment=None):
     check_comment(path, comment)
     new = {tuple(map(spell, row[:same])) for row in rows}
     old = [tuple(row.values()) for row in read_csv(path)]
-    rows = [*((*row[:same], *map(number, row[same:])) for row in old if row[:same] not in new), *rows]
-    write_csv(path, header, rows, comment)
-    return rows
+    old = [row for row in old if row[:same] not in new]
+    write_csv(path, header, [*old, *rows], comment)  # old rows as they are: converted floats would lose digits
+    return [*((*row[:same], *map(number, row[same:])) for row in old), *rows]
 
 
 def check_comment(path, comment):
@@ -454,9 +454,9 @@ def line_panels(panels, xlabel, ylabel, marker='.-', **axes):
         ax.set(xlabel=xlabel, ylabel=ylabel, **axes)
         ax.set_title(title, fontsize=9)
         ax.grid(alpha=0.3)
-        if axes.get('xscale') == 'log':
-            first, *_, last = sorted({float(value) for x, _ in lines.values() for value in x})
-            ticks = [first * 2 ** i for i in range(99) if first * 2 ** i <= last]
+        values = [float(value) for x, _ in lines.values() for value in x]
+        if axes.get('xscale') == 'log' and values:
+            ticks = [min(values) * 2 ** i for i in range(99) if min(values) * 2 ** i <= max(values)]
             ax.set_xticks(ticks, [f'{tick:g}' for tick in ticks], fontsize=8)
             ax.minorticks_off()
         label_ends(ax, [(y[-1], x[-1], name, color[name]) for name, (x, y) in lines.items() if len(x)])

@@ -106,9 +106,9 @@ def collect(folder, name):
     """A row of the CSV for each scheme; None where nothing has been measured."""
     def parameters(scheme):
         return sum(p.numel() for p in new_model(SCHEMES[scheme]).parameters())
-    rows = []
+    rows, base = [], parameters('nope')
     for scheme in TABLE:
-        row = [scheme, parameters(scheme) - parameters('nope')]
+        row = [scheme, parameters(scheme) - base]
         for objective in ('causal', 'masked'):
             last = last_losses(folder, name, objective, scheme)
             row += [mean(last), len(last), statistics.stdev(last) if len(last) > 1 else None]
@@ -117,8 +117,8 @@ def collect(folder, name):
             row.append(mean(column(folder / 'tasks.csv', 'right_percent', task=task, scheme=scheme, length='40')))
         for T in LENGTHS:
             ms = mean(column(folder / 'results_table-time.csv', 'ms', scheme=scheme, tokens=str(T)))
-            base = mean(column(folder / 'results_table-time.csv', 'ms', scheme='nope', tokens=str(T)))
-            row.append(ms / base if ms and base else None)
+            nope = mean(column(folder / 'results_table-time.csv', 'ms', scheme='nope', tokens=str(T)))
+            row.append(ms / nope if ms and nope else None)
         row.append(cache_size(new_model(SCHEMES[scheme], block_size=512)))
         row += [probe_error(folder, name, what, scheme) for what in ('before training', 'trained')]
         rows.append(tuple(row))

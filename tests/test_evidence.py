@@ -27,14 +27,11 @@ import stability
 import take_positions_away
 import tasks
 from conftest import REPO, Run
-from test_experiments import Ended, png, python
+from test_experiments import ended, png, python
 
 RESULTS = REPO / 'experiments/results'
 PAGE = (REPO / 'experiments/README.md').read_text(encoding='utf-8')
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the page
 
 def rows_of(name):
     """The rows of a result, with numbers where the file has them."""
@@ -111,9 +108,6 @@ def test_results_hold_what_the_page_shows():
         assert f'{float(row[2]):.3f}' in PAGE, row
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scripts that measure runs: a causal and a masked one, trained once
-
 @pytest.fixture(scope='module')
 def runs(trained, data_dir, tmp_path_factory):
     """run(script, ...) in a folder with out/compare/x-causal-composite-1 and -nope-1, and out/m, a masked run of conv."""
@@ -184,9 +178,6 @@ def test_counter_of_known_outputs():
     assert attention_variance.slope(1 / 2.0 ** np.arange(6)) == pytest.approx(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tasks.py, equal_time.py, results_table.py
-
 def spelled(ids):
     return ''.join('abcdefghijklmnopqrstuvwxyz0123456789+=.'[i] for i in ids)
 
@@ -239,7 +230,7 @@ def test_equal_time(monkeypatch, tmp_path, capsys):
         (out / 'config.json').write_text(f'{{"max_iters": {asked[-1]}}}')
         rows = (f'{n},{9 - n / 99},30\n' for n in range(asked[-1] + 1))
         (out / 'log.csv').write_text('step,val_loss,ms\n' + ''.join(rows))
-        return Ended()
+        return ended()
     monkeypatch.setattr(lib, 'start', start)
     for _ in range(2):
         python(monkeypatch, tmp_path, equal_time, '--quick', '--minutes', 0.03, '--lengths', 64, '--schemes', 'nope',
@@ -278,9 +269,6 @@ def test_results_table(monkeypatch, tmp_path, capsys):
     short = [line.strip('| ').split(' | ') for line in capsys.readouterr().out.splitlines() if line.startswith('| ')]
     assert [line[0] for line in short[1:]] == results_table.MAIN and short[0] == list(results_table.SHORT)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# random features
 
 def test_scripts_on_random_features(run, data_dir):
     run('experiments/feature_error.py', '--draws', 1, '--results', 'results')

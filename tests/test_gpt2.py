@@ -89,12 +89,10 @@ def hub(tmp_path_factory):
     return write_hub(tmp_path_factory.mktemp('hub') / 'gpt2', hub_weights())
 
 
-def convert(run, folder, *words, **kw):
-    return run('experiments/from_gpt2.py', '--path', folder, '--out_dir', 'out/gpt2', *words, **kw)
-
-
-def loaded(run):
-    return load_run(run.folder / 'out/gpt2')[0].double()
+def convert(run, folder, *words, code=0):
+    """Run from_gpt2.py -> the model of its run, or None if it has refused."""
+    run('experiments/from_gpt2.py', '--path', folder, '--out_dir', 'out/gpt2', *words, code=code)
+    return None if code else load_run(run.folder / 'out/gpt2')[0].double()
 
 
 @pytest.mark.parametrize('kind, prefix, dtype', [
@@ -105,9 +103,8 @@ def test_logits_are_those_of_gpt2(run, tmp_path, kind, prefix, dtype):
     tensors = {prefix + name: tensor for name, tensor in weights.items()}
     if prefix:
         tensors |= {'lm_head.weight': weights['wte.weight'], 'h.0.attn.bias': torch.ones(1, 1, BLOCK, BLOCK).tril()}
-    convert(run, write_hub(tmp_path / 'hub', tensors, kind))
+    logits = convert(run, write_hub(tmp_path / 'hub', tensors, kind))(IDS[None])[0][0]  # (T, 50304)
     assert run.out.startswith('out/gpt2: 0.8M weights, positions kept; the scheme adds no tensor')
-    logits = loaded(run)(IDS[None])[0][0]  # (T, 50304)
     ours, extra = logits.split((VOCAB, from_gpt2.ROWS - VOCAB), -1)
     expected = gpt2(weights, IDS)
     assert (ours - expected).abs().max() < 1e-10 and expected.std() > 1
@@ -125,9 +122,8 @@ ALL_CONVOLUTIONS = '--queries_keys --values --lightweight --dynamic --output'.sp
 @pytest.mark.parametrize('drop', [True, False])
 def test_other_schemes_begin_as_gpt2(run, hub, name, flags, own, drop):
     """Same logits at first, with or without wpe; every tensor of the scheme but tisa's b and c has a gradient."""
-    convert(run, hub, '--model', name, *flags, *['--drop_positions'] * drop)
+    model = convert(run, hub, '--model', name, *flags, *['--drop_positions'] * drop)
     assert f'positions {"dropped" if drop else "kept"}; the scheme adds {own}\n' in run.out
-    model = loaded(run)
     assert (model.wpe is None) == drop
     logits, loss = model(IDS[None, :-1], IDS[None, 1:])
     expected = gpt2(hub_weights(), IDS[:-1], positions=not drop)
@@ -160,7 +156,7 @@ def test_the_run_is_one_of_ours(run, hub):
     run('train.py', '--resume', '--out_dir', 'out/gpt2', '--warmup_iters', 0, '--max_iters', 3)
     losses = [loss for _, loss in lib.losses(run.folder / 'out/gpt2')]
     assert len(losses) == 2 and losses[1] < losses[0]
-    for words, message in (([], 'holds a run: add --overwrite'), (['--n_layer', '3'], '--n_layer is decided by GPT-2\n'),
+    for words, message in (([], 'holds a run: add --overwrite'), (['--n_layer', 3], '--n_layer is decided by GPT-2'),
                            (['--resume'], '--resume is for train.py'), (['--size', 'gpt2'], 'not allowed with')):
         convert(run, hub, *words, code=2)
         assert message in run.err and run.err.count('\n') == 1

@@ -20,11 +20,11 @@ that the model computes the same function as GPT-2. Kernelized attention, rope, 
 """
 import dataclasses
 import json
+import math
 import pickle
 from pathlib import Path
 
 import torch
-import train
 from lib import Parser, adamw, resolve
 from train import atomic_write, die, load_model_file, one_line
 
@@ -177,7 +177,7 @@ def begin_run(out, words, weights, meta):
     except (ValueError, RuntimeError) as e:  # RuntimeError: another shape
         die(one_line(e))
     values = {**dataclasses.asdict(settings), **dataclasses.asdict(config)}
-    checkpoint = dict(**dataclasses.asdict(train.Progress()), config=dataclasses.asdict(config),
+    checkpoint = dict(step=0, best=math.inf, losses=[], config=dataclasses.asdict(config),
                       settings=dataclasses.asdict(settings), meta=meta, model=model.state_dict(),
                       optimizer=adamw(model, settings.learning_rate, settings.weight_decay).state_dict())
     out.mkdir(parents=True, exist_ok=True)

@@ -273,7 +273,7 @@ def finished(out):
         return False
     steps = json.loads(Path(out, 'config.json').read_text(encoding='utf-8'))['max_iters']
     with open(Path(out, 'log.csv'), newline='', encoding='utf-8') as f:
-        return any(row['step'] == str(steps) and row['val_loss'] for row in csv.DictReader(f))
+        return any(row['step'] == str(steps) and row.get('val_loss') for row in csv.DictReader(f))
 
 
 def start(out, words, jobs):

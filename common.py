@@ -101,6 +101,7 @@ def load_checkpoint(path):
     """-> what train.py's save() wrote. Anything else is refused."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint.setdefault('window', checkpoint.get('losses'))  # TEMPORARY
         for name, kind in PARTS.items():
             if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), kind):
                 raise ValueError(f'it needs {name}, of type {kind.__name__}')

@@ -106,9 +106,9 @@ def peak_memory(job):
 def training_step(model, idx, bf16, compiled):
     """-> a function that makes one step of AdamW, always on the same batch idx (B, T)."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    choose = getattr(sys.modules[type(model).__module__], 'choose_attention', None)
-    if choose:
-        choose(model, dtype)
+    choice = getattr(sys.modules[type(model).__module__], 'choose_attention', lambda *_: None)(model, dtype)
+    if choice:
+        print(choice, flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=idx.is_cuda)
     run = torch.compile(model, dynamic=False) if compiled else model
 
@@ -199,7 +199,8 @@ def attention(args, device, put):
         q, k, v = (torch.randn(max(1, tokens // T), nh, T, hs, **options) for _ in range(3))
 
         def job(form, q=q, k=k, v=v, causal=causal, parameters=parameters):
-            y = form(q, k, v, causal)
+            with torch.autocast(device, torch.bfloat16, enabled=q.dtype == torch.bfloat16):  # as in training
+                y = form(q, k, v, causal)
             torch.autograd.grad(y.float().square().sum(), [q, k, v, *parameters], allow_unused=True)
         setting = f'{T} tokens, {"causal" if causal else "not causal"}, {dtype}'
         jobs, memory = {}, {}
@@ -275,8 +276,7 @@ def chang(args, device, put):
 
 def watch(command, folder):
     """Run a training; -> [(seconds since the start, validation loss)] as it prints them, and the seconds at the end."""
-    start = time.perf_counter()
-    found = []
+    start, found = time.perf_counter(), []
     env = {**os.environ, 'PYTHONUNBUFFERED': '1'}
     with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:

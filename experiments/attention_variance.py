@@ -1,65 +1,46 @@
 """
-Does the variance of causal attention's output tell the position? Without any training, layer by layer.
+Does the variance of the output of causal attention tell the position? Layer by layer, without any training.
 
     python experiments/attention_variance.py --quick     # seconds: 4 layers of 256, 256 tokens
     python experiments/attention_variance.py             # the paper's size, 12 layers of 768, 512 tokens
-    python experiments/attention_variance.py --quick --vocab_size 256    # few kinds: twice the theory at m = 256
-    python experiments/attention_variance.py --quick --out_dir out/nope-causal-python    # and a trained run
+    python experiments/attention_variance.py --name enwik8-8000    # the causal runs of compare.py, before and after
 
-Answers the variance figures of Chi et al. 2023: o_m, the attention's output at token m (after c_proj, before the
+Answers the variance figures of Chi et al. 2023: o_m, the output of attention at token m (after c_proj, before the
 residual), against the theory d^2 sigma^4 / m. Random models are model_nope.py with random tokens and the plain
-initialisation; where d is not the paper's 768, sigma grows by sqrt(768/d), which keeps d sigma^2 = 0.307 and with it
-the theory line. Variance is over the channels of a token, its mean over sequences. Panels: every layer; the first layer
-at other sigmas; no causal mask; trained runs, and dotted the same runs before training.
-
-Found at the paper's size (in parentheses what an independent program found); theory at m = 1 is .0944:
-  layer 1   .0922 at m = 1, .000200 at 512 (.0939, .00021), slope -0.99; at 512 it is 9 % above 1/m (5-12 %), because
-            attention is not quite flat
-  layer 2   .0974, .0333 (.0944, .0325);  layer 12   .0927, .0585 (.0961, .0638): the inputs of deeper layers are
-            correlated, so the law holds in the first layer only
-  sigma     0.002: 0.28 of theory (0.28), because LayerNorm's eps is not small then; 0.2: flat, because each token
-            attends to one other. No mask: flat in all layers
-Writes experiments/results/attention_variance.png and .csv (what, sigma, layer, m, variance, theory); with --quick
-out/quick/attention_variance-quick; with --name attention_variance-<name>, trained runs alone.
+initialization; where d is not the paper's 768, sigma grows by sqrt(768/d), which keeps d sigma^2 = 0.307 and the theory
+line. Variance is over the channels of a token, its mean over sequences. Panels: every layer; the first layer with other
+sigmas; no causal mask; trained runs, and the same runs before training.
+Writes experiments/results/attention_variance[-<name>].csv and .png (with --quick in out/quick).
 """
-import argparse
 import math
-import textwrap
-from pathlib import Path
 
 import numpy as np
 import torch
-from lib import (common_flags, layer_calls, merge_table, parse, positive, pyplot, runs_of, save, short_names, text,
-                 write_csv)
+from lib import (
+    Parser, before_training, data_set, layer_calls, line_panels, merge_csv, print_table, runs_of, save, sequences,
+    short_names, table_path)
+from train import load_model_file
 
-from common import die, load_model_file
 from sample import load_run
 
-SIZES = {'n_embd': (768, 256), 'n_head': (12, 4), 'n_layer': (12, 4), 'block_size': (512, 256)}  # full, with --quick
+FULL = dict(n_embd=768, n_head=12, n_layer=12, block_size=512)  # the paper's size
+SMALL = dict(n_embd=256, n_head=4, n_layer=4, block_size=256)
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 HEADER = ('what', 'sigma', 'layer', 'm', 'variance', 'theory')
 
 
 def random_model(name, sigma, seed, device, **config):
     """A frozen model, by default as the theory wants it; sigma is meant at width 768."""
     module = load_model_file(name)
-    sigma = sigma * math.sqrt(768 / config['n_embd'])
     torch.manual_seed(seed)
-    try:
-        model = module.Model(module.Config(**{'init_std': sigma, 'scale_residual_init': False, **config}))
-    except ValueError as e:  # n_head, for example
-        die(e)
+    sigma = sigma * math.sqrt(768 / config['n_embd'])
+    model = module.Model(module.Config(init_std=sigma, scale_residual_init=False, **config))
     return model.to(device).eval().requires_grad_(False)
-
-
-def before_training(model, checkpoint):
-    """The run at its first step: the same config, and the weights that its seed gives train.py."""
-    torch.manual_seed(checkpoint['settings']['seed'])
-    return type(model)(model.config).to(model.wte.weight.device).eval()
 
 
 @torch.no_grad()
 def variances(model, idx, batch=4):
-    """Variance of the attention's output over the channels, its mean over the sequences idx (B, T): (layers, T)."""
+    """Variance of the output of attention over the channels, its mean over the sequences idx (B, T): (layers, T)."""
     sums = torch.zeros(len(model.h), idx.size(1))
     for part in idx.split(batch):
         outputs = [y for _, y in layer_calls(model, part.to(model.wte.weight.device))]  # each (batch, T, C)
@@ -67,152 +48,124 @@ def variances(model, idx, batch=4):
     return sums.numpy() / len(idx)
 
 
-def slope(v):
+def slope(variances):
     """Of log variance against log m, at m = 1, 2, 4, ... so that every octave counts alike."""
-    at = 2 ** np.arange(len(v).bit_length())
-    return np.polyfit(np.log(at), np.log(v[at - 1]), 1)[0]
+    return np.polyfit(np.log(2) * np.arange(len(variances)), np.log(variances), 1)[0]
 
 
-def random_curves(args):
+def random_curves(args, size):
     """(what, sigma, layer, variance (T,), theory at m = 1) of random models."""
     generator = torch.Generator().manual_seed(args.seed)
-    idx = torch.randint(args.vocab_size, (args.sequences, args.block_size), generator=generator)
-    cases = [('causal', args.sigma, args.n_layer, True)]
-    cases += [('sigmas, first layer', args.sigma * times, 1, True) for times in (0.1, 1, 3, 10)]
-    cases += [('no causal mask', args.sigma, args.n_layer, False)]
+    idx = torch.randint(args.vocab_size, (args.sequences, size['block_size']), generator=generator)
+    cases = [('causal', 0.02, size['n_layer'], True)]
+    cases += [('sigmas, first layer', 0.02 * times, 1, True) for times in (0.1, 1, 3, 10)]
+    cases += [('no causal mask', 0.02, size['n_layer'], False)]
     curves = []
     for what, sigma, n_layer, causal in cases:
-        model = random_model('nope', sigma, args.seed, args.device, n_layer=n_layer, causal=causal,
-                             vocab_size=args.vocab_size, block_size=args.block_size, n_head=args.n_head,
-                             n_embd=args.n_embd)
-        theory = (args.n_embd * model.config.init_std ** 2) ** 2
+        model = random_model('nope', sigma, args.seed, DEVICE, vocab_size=args.vocab_size, causal=causal,
+                             **{**size, 'n_layer': n_layer})
+        theory = (size['n_embd'] * model.config.init_std ** 2) ** 2
         curves += [(what, sigma, layer, v, theory) for layer, v in enumerate(variances(model, idx), 1)]
     return curves
 
 
 def trained_curves(name, out_dir, args):
-    """(what, None, layer, variance (T,), None) of a run before and after its training, on its validation text."""
-    model, checkpoint = load_run(out_dir, None, args.device)
-    T = model.config.block_size
-    val = text(checkpoint['settings']['dataset'], args.data_dir)[1]
-    val = torch.from_numpy(val[:len(val) // T * T].astype(np.int64)).view(-1, T)
-    val = val[torch.linspace(0, len(val) - 1, min(len(val), 4 * args.sequences)).long()]  # from all over it
+    """(what, None, layer, variance (T,), None) of a run before and after its training, on its validation tokens."""
+    model, checkpoint = load_run(out_dir, None, DEVICE)
+    val = data_set(checkpoint['settings']['dataset'], args.data_dir)[1]
+    idx = sequences(val, 4 * args.sequences, model.config.block_size)
     curves = []
     for what, which in (('before training', before_training(model, checkpoint)), ('trained', model)):
-        curves += [(f'{what}: {name}', None, layer, v, None) for layer, v in enumerate(variances(which, val), 1)]
+        curves += [(f'{what}: {name}', None, layer, v, None) for layer, v in enumerate(variances(which, idx), 1)]
     return curves
 
 
-def table_rows(curves, at):
-    """Rows of the CSV: (what, sigma, layer, m, variance, theory) at about a hundred m, enough for any plot."""
-    longest = max(len(v) for *_, v, _ in curves)
-    shown = {*np.geomspace(1, longest, 100).round().astype(int).tolist(), *at}
+def csv_rows(curves):
+    """(what, sigma, layer, m, variance, theory) at m = 1, 2, 4, ... and some 25 others."""
     rows = []
     for what, sigma, layer, v, theory in curves:
-        for m, x in enumerate(v.tolist(), 1):
-            if m in shown:
-                rows.append((what, sigma, layer, m, x, theory / m if theory else None))
+        octaves = 2 ** np.arange(len(v).bit_length())
+        for m in sorted({*np.geomspace(1, len(v), 25).round().astype(int).tolist(), *octaves.tolist()}):
+            rows.append((what, sigma, layer, m, float(v[m - 1]), theory / m if theory else None))
     return rows
 
 
-def draw_lines(ax, lines, labelled, dotted):
-    """lines [(sigma, layer, [m], [variance], theory at m = 1)] of a panel, from dark to light."""
-    for n, (sigma, layer, m, v, theory) in enumerate(lines):
-        label = None
-        if labelled == 'sigma':  # every sigma has a theory line of its own: divided by its d^2 sigma^4 they are one
-            label = f'sigma {sigma:g}'
-            v = np.array(v) / theory
-        elif labelled == 'layer' and (len(lines) < 7 or layer in (1, 2, len(lines))):
-            label = f'layer {layer}'
-        elif dotted and n == 0:
-            label = 'before training'
-        color = pyplot().cm.viridis(0.9 * n / max(1, len(lines) - 1))
-        ax.plot(m, v, color=color, lw=1 if dotted else 1.2, ls=':' if dotted else '-', label=label)
-
-
-def draw(rows, title):
-    """Rows of the CSV -> a figure with a panel for each case."""
-    panels = {}  # {what: {(sigma, layer): (sigma, layer, [m], [variance], theory at m = 1)}}
+def in_panels(rows):
+    """{what: {(sigma, layer): ([m], [variance], [theory or None])}} of rows of the CSV."""
+    panels = {}
     for what, sigma, layer, m, v, theory in rows:
-        line = panels.setdefault(what, {}).setdefault((sigma, layer), (sigma, layer, [], [], theory))  # m = 1 is first
-        line[2].append(m)
-        line[3].append(v)
-    shown = [what for what in panels if not what.startswith('before training')]
-    down = -(-len(shown) // 3)
-    fig, axes = pyplot().subplots(down, 3, figsize=(14, 4.2 * down), squeeze=False, layout='constrained')
-    for ax in axes.flat[len(shown):]:
-        ax.set_axis_off()
-    for ax, what in zip(axes.flat, shown):
-        lines = list(panels[what].values())
-        sweep = what.startswith('sigmas')
-        draw_lines(ax, lines, 'sigma' if sweep else 'layer', dotted=False)
+        line = panels.setdefault(what, {}).setdefault((sigma, layer), ([], [], []))
+        for values, value in zip(line, (m, v, theory)):
+            values.append(float(value) if value not in (None, '') else None)
+    return panels
+
+
+def slope_of(line):
+    octaves = [v for m, v in zip(*line[:2]) if math.log2(m).is_integer()]
+    return f'{slope(octaves):.2f}'
+
+
+def random_table(rows):
+    """Rows of the CSV -> variance over the theory at the first and last m, and the slope, of random models."""
+    cells = []
+    for what, lines in in_panels(rows).items():
+        for (sigma, layer), line in lines.items():
+            if line[2][0]:
+                ratios = [f'{line[1][i] / line[2][i]:.2f}' for i in (0, -1)]
+                cells.append((what, f'{float(sigma):g}', str(layer), *ratios, slope_of(line)))
+    return ('random models', 'sigma', 'layer', 'variance / theory, m = 1', 'last m', 'slope'), cells
+
+
+def trained_table(rows):
+    """Rows of the CSV -> the slope in each layer of trained runs, before and after their training."""
+    panels = in_panels(rows)
+    cells = []
+    for what, lines in panels.items():
         if what.startswith('trained'):
             before = panels[what.replace('trained', 'before training', 1)]
-            draw_lines(ax, list(before.values()), None, dotted=True)
-        m, theory = np.array(lines[0][2]), lines[0][4]
-        if theory:
-            ax.plot(m, (1 if sweep else theory) / m, 'k--', lw=1, label='theory')
-        ax.set_title(textwrap.fill(what, 60), fontsize=8)
-        ax.set(xscale='log', yscale='log', xlabel='position m',
-               ylabel='variance / (d^2 sigma^4)' if sweep else 'variance of o_m')
-        ax.grid(alpha=0.3)
-        ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=8)  # below the panel
-    fig.suptitle(title)
-    return fig
+            cells.append((what.removeprefix('trained: '), *(f'{slope_of(before[key])}, {slope_of(line)}'
+                                                            for key, line in lines.items())))
+    layers = range(1, max(map(len, cells), default=1))
+    return ('slope: before, after training', *(f'layer {layer}' for layer in layers)), cells
 
 
-def print_table(curves, at):
-    heads = ''.join(f' m={m} |' for m in at)
-    print(f'\n| what | sigma | layer |{heads} / theory, m=1 | / theory, last m | slope |\n|' + '---|' * (len(at) + 6))
-    for what, sigma, layer, v, theory in curves:
-        cells = [f'{v[m - 1]:.3g}' if m <= len(v) else '' for m in at]
-        cells += [f'{v[0] / theory:.2f}', f'{v[-1] * len(v) / theory:.2f}'] if theory else ['', '']
-        sigma = f'{sigma:g}' if sigma else ''
-        print(f'| {what} | {sigma} | {layer} | {" | ".join(cells)} | {slope(v):.2f} |')
-
-
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, (full, quick) in SIZES.items():
-        parser.add_argument(f'--{name}', type=positive, help=f'(default {full}, {quick} with --quick)')
-    parser.add_argument('--sequences', type=positive, default=20, help='of each case (default 20)')
-    parser.add_argument('--sigma', type=float, default=0.02, help='of the initial weights at width 768 (default 0.02)')
-    parser.add_argument('--vocab_size', type=positive, default=50304,
-                        help='kinds of random tokens; the theory wants many (default 50304)')
-    parser.add_argument('--out_dir', nargs='+', default=[], help='folders of trained runs, of any model')
-    parser.add_argument('--data_dir', default='data', help='where their prepared text is (default data)')
-    parser.add_argument('--seed', type=int, default=1, help='of weights and tokens (default 1)')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    common_flags(parser, 'smaller: width 256, 4 heads, 4 layers, 256 tokens', dataset=False, name=True)
-    args = parse(parser, SIZES)
-    if args.name and args.out_dir:
-        parser.error('give --out_dir or --name, not both')
-    if args.name:
-        args.out_dir = runs_of(args.name)
-    return args
+def draw(rows):
+    """A panel for each case, trained runs with their lines before training."""
+    panels = {}
+    for what, lines in in_panels(rows).items():
+        sweep = what.startswith('sigmas')
+        panel = panels.setdefault(what.replace('before training: ', 'trained: '), {})
+        for (sigma, layer), (m, v, theory) in lines.items():
+            name = f'sigma {float(sigma):g}' if sweep else f'layer {layer}' + ', before' * what.startswith('before')
+            scale = theory[0] if sweep else 1  # each sigma has a theory of its own
+            panel[name] = m, [x / scale for x in v]
+            if theory[0]:
+                panel['theory'] = m, [x / scale for x in theory]
+    return line_panels(panels, 'position m', 'variance of o_m', '-', xscale='log',
+                       yscale='log')
 
 
 def main():
-    args = arguments()
-    names = short_names(args.out_dir)
-    print(f'on {args.device}')
-    if args.device.startswith('cuda'):
-        torch.set_float32_matmul_precision('high')  # TF32: its rounding is far below what is seen here
-    curves = [] if args.name else random_curves(args)
-    for name, out_dir in zip(names, args.out_dir):
+    parser = Parser(__doc__, 'smaller random models: width 256, 4 heads, 4 layers, 256 tokens')
+    parser.add_argument('out_dirs', nargs='*', help='folders of trained runs, of any model')
+    parser.add_argument('--name', help='all causal runs of this --name of compare.py; other rows stay in the table')
+    parser.add('--sequences', 20, note='of each case')
+    parser.add('--vocab_size', 50304, note='number of different random tokens; the theory needs many')
+    parser.add('--seed', 1, note='of weights and tokens')
+    parser.add_data()
+    args = parser.parse_args()
+    if args.name and args.out_dirs:
+        parser.error('give folders of runs or --name, not both')
+    out_dirs = runs_of(args.name) if args.name else args.out_dirs
+    curves = [] if out_dirs else random_curves(args, SMALL if args.quick else FULL)
+    for name, out_dir in zip(short_names(out_dirs), out_dirs):
         curves += trained_curves(name, out_dir, args)
-    longest = max(len(v) for *_, v, _ in curves)
-    at = [2 ** i for i in range(longest.bit_length())]
-    rows = table_rows(curves, at)
-    parts = ['attention_variance', args.name, 'quick' if args.quick else '']
-    path = Path(args.results, '-'.join(part for part in parts if part) + '.csv')
-    if args.name:
-        rows = merge_table(path, HEADER, rows, 1, f'sequences: {args.sequences}')
-    else:
-        write_csv(path.parent, path.stem, HEADER, rows)
-    print_table(curves, at)
-    random = f'random models: d {args.n_embd}, {args.n_layer} layers, {args.vocab_size} kinds of tokens'
-    save(draw(rows, f'variance of the attention output ({args.name or random})'), path)
+    path = table_path(args, 'attention_variance', args.name)
+    if not args.name:
+        path.unlink(missing_ok=True)
+    rows = merge_csv(path, HEADER, csv_rows(curves), 1, f'sequences: {args.sequences}')
+    print_table(trained_table(rows) if out_dirs else random_table(rows))
+    save(draw(rows), path)
 
 
 if __name__ == '__main__':

@@ -1,28 +1,25 @@
 """
-How far attention by positive random features is from the softmax, over the norm of queries and keys and the number of
-features.
+How far attention by random features is from the softmax, over the norm of queries and keys and the number of features.
 
     python experiments/feature_error.py --quick    # 10 draws, seconds
     python experiments/feature_error.py            # 100 draws
 
 Answers Figure 1b of Luo et al. 2021: L1 distance between a row of attention and its estimate, 1,024 keys of 64
-channels, queries and keys of norm R. At R = 1 (what --normalize makes of them) the error falls with m as 1/sqrt(m);
-from R = 4 on no number of features here is enough: Theorem 3 asks for m that grows like exp(4 R^2). The largest
-possible distance is 2.
-Writes experiments/results/feature_error.csv and .png (with --quick out/quick/feature_error-quick).
+channels, queries and keys of norm R (1 after normalization). Theorem 3 asks for m that grows like exp(4 R^2).
+Writes experiments/results/feature_error.csv and .png (with --quick in out/quick).
 """
-import argparse
 import statistics
 
 import torch
 import torch.nn.functional as F
-from lib import common_flags, parse, positive, pyplot, save, write_csv
+from lib import Parser, line_panels, print_table, save, table_path, write_csv
 
-from model_kernelized import features, random_matrix
+from model_kernelized import Attention, Config, features
 
 KINDS = ('prf', 'orf', 'sphere', 'trf')
 NORMS = (1, 2, 4, 8)
 SIZES = (4, 16, 64, 256, 1024)
+HEADER = 'features', 'norm', 'm', 'l1_mean', 'l1_std'
 PAPER = {1: (.51, .33, .20, .09, .05), 2: (1.19, .99, 1.26, .49, .39),  # read off the figure, for each of SIZES
          4: (1.78, 1.82, 1.72, 1.62, 1.62), 8: (2.0, 2.0, 1.97, 2.0, 2.0)}
 
@@ -32,8 +29,8 @@ def error(norm, m, kind, seed):
     torch.manual_seed(seed)
     q = F.normalize(torch.randn(1, 64, dtype=torch.float64), dim=1) * norm
     k = F.normalize(torch.randn(1024, 64, dtype=torch.float64), dim=1) * norm
-    w = random_matrix(m, 64, kind).double()
-    a = features(q, w, kind, stable=True) @ features(k, w, kind).T  # (1, 1024)
+    w = Attention(Config(n_embd=64, n_head=1, n_features=m, feature_map=kind)).w.double()  # (m, 64)
+    a = features(q, w, kind) @ features(k, w, kind).T  # (1, 1024)
     return (a / a.sum(1, keepdim=True) - (q @ k.T).softmax(1)).abs().sum().item()
 
 
@@ -49,50 +46,35 @@ def measure(draws):
     return rows
 
 
-def print_table(found, draws):
-    print(f'L1 error, mean of {draws} draws / read off the paper\n')
-    print('| norm R | ' + ' | '.join(f'm = {m}' for m in SIZES) + ' |\n|' + '---|' * 6)
-    for R in NORMS:
-        cells = [f'{found["prf", R, m]:.2f} / {paper:.2f}' for m, paper in zip(SIZES, PAPER[R])]
-        print(f'| {R} | {" | ".join(cells)} |')
+def means(rows):
+    """Rows of the CSV -> {(features, norm, m): mean error}."""
+    return {(row[0], int(row[1]), int(row[2])): float(row[3]) for row in rows}
+
+
+def error_table(found):
+    """Ours / the value read off the paper's figure."""
+    rows = [(str(R), *(f'{found["prf", R, m]:.2f} / {paper:.2f}' for m, paper in zip(SIZES, PAPER[R])))
+            for R in NORMS]
+    return ('norm R', *(f'm = {m}' for m in SIZES)), rows
 
 
 def draw(found):
-    fig, axes = pyplot().subplots(1, 2, figsize=(10, 4.6), sharey=True, layout='constrained')
-    for i, R in enumerate(NORMS):
-        axes[0].plot(SIZES, [found['prf', R, m] for m in SIZES], 'o-', color=f'C{i}', label=f'R = {R}')
-        axes[0].plot(SIZES, PAPER[R], 'x', color=f'C{i}', label='the paper' if i == 3 else None)
-    for i, kind in enumerate(KINDS):
-        axes[1].plot(SIZES, [found[kind, 1, m] for m in SIZES], 'o-', color=f'C{4 + i}', label=kind)
-    axes[1].plot(SIZES, [found['prf', 1, 4] * (4 / m) ** 0.5 for m in SIZES], 'k--', lw=1, label='1/sqrt(m)')
-    for ax, title in zip(axes, ('positive random features, norm R', 'feature maps at R = 1')):
-        ax.axhline(2, color='gray', lw=1, ls=':')
-        ax.set(title=title, xscale='log', yscale='log', xlabel='m (features)',
-               ylabel='L1 distance from the softmax (largest: 2)')
-        ax.set_xticks(SIZES, SIZES)
-        ax.grid(alpha=0.3)
-        ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.16), ncols=5, fontsize=8)  # below the panel
-    return fig
-
-
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--draws', type=positive, default=100, help='of queries, keys and features (default 100)')
-    common_flags(parser, '10 draws', dataset=False)
-    args = parse(parser)
-    if args.quick:
-        args.draws = 10
-    return args
+    norms = {f'R = {R}': (SIZES, [found['prf', R, m] for m in SIZES]) for R in NORMS}
+    norms |= {f'R = {R}, the paper': (SIZES, PAPER[R]) for R in NORMS}
+    kinds = {kind: (SIZES, [found[kind, 1, m] for m in SIZES]) for kind in KINDS}
+    return line_panels({'positive random features, norm R': norms, 'feature maps at R = 1': kinds}, 'm (features)',
+                       'L1 distance from the softmax (largest: 2)', 'o-', xscale='log', yscale='log')
 
 
 def main():
-    args = arguments()
+    parser = Parser(__doc__, '10 draws')
+    parser.add('--draws', 100, 10, 'of queries, keys and features')
+    args = parser.parse_args()
     rows = measure(args.draws)
-    name = 'feature_error-quick' if args.quick else 'feature_error'
-    path = write_csv(args.results, name, ('features', 'norm', 'm', 'l1_mean', 'l1_std'), rows)
-    found = {(kind, R, m): mean for kind, R, m, mean, _ in rows}
-    print_table(found, args.draws)
-    save(draw(found), path)
+    path = table_path(args, 'feature_error')
+    write_csv(path, HEADER, rows)
+    print_table(error_table(means(rows)))
+    save(draw(means(rows)), path)
 
 
 if __name__ == '__main__':

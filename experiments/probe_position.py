@@ -3,55 +3,44 @@ Where does a frozen Transformer hold the position of a token, and can it be read
 
     python experiments/probe_position.py --quick    # about two minutes on two CPU cores: 4 layers of 128, 128 tokens
     python experiments/probe_position.py            # the paper's size, 12 layers of 768, 512 tokens: needs a GPU
-    python experiments/probe_position.py --quick --out_dir out/nope-causal-python out/composite-causal-python --shuffled
-    python experiments/probe_position.py --quick --model composite --vocab_size 256    # another scheme, few kinds
+    python experiments/probe_position.py --quick out/nope-causal-shakespeare out/composite-causal-shakespeare
+    python experiments/probe_position.py --quick --name enwik8-8000    # the causal runs of compare.py
 
 Answers the probe of Chi et al. 2023 (a random, frozen model knows positions) and Figure 2 of Haviv et al. 2022 (error
-per layer of a trained one). Taps: the attention's output o_m, the residual stream after it, the stream after the MLP
-(of layer 0: the embedding). Error: mean absolute error in tokens on sequences the probes did not see; always answering
-the middle has an error of L/4.
-  MLP         two layers with ReLU, the position as L sigmoid(.), trained on the absolute error (a softmax over
-              positions, as in Haviv et al., was worse with few sequences)
+per layer of a trained one). Taps: the output of attention, the residual stream after it, and the stream after the MLP
+(of layer 0: the embedding). Error: mean absolute error in tokens on sequences that the probes did not see. Always
+answering the middle has an error of T/4.
+  MLP         two layers with ReLU, the position as T sigmoid(.), trained on the absolute error
   linear      ridge regression in closed form
-  log-norm    the length of the vector alone, in 64 bins: the median position of each
-The first layer of a random model writes position into a variance, an even function: a linear probe finds nothing there
-and little later, and an MLP needs many sequences. They are new at every step, and so is the test. Trained runs read
-their own validation text, the first 4/5 to train, the rest to test. The table names the kinds of tokens: with few,
-their mean vector stands out against the noise, and a linear probe reads more from layer 2 on. So each run is also
-probed before its training, on the same text. Controls: initial weights 10 times as large, no causal mask, and
---shuffled: the tokens of each test sequence in random order, the probes as before.
-Found with --quick (the middle: 32 tokens): 9.0 by the length of o_m in layer 1, 17.3 by the MLP, 32.2 by the linear
-probe; without a mask 32 everywhere; with large weights 32 in layer 1, and 28 at best in later ones. Order hardly
-matters, except to a trained kernelized model.
-Writes experiments/results/probe_position[-<model>][-trained].png and .csv, or probe_position-<name> with --name; with
---quick out/quick/probe_position-quick[-<model>][-trained].
+  log-norm    the norm of the vector alone, in 64 bins: the median position of each
+Random models get new random tokens at every step; controls are initial weights 10 times as large, and no causal mask.
+Trained runs read their validation tokens, the first 4/5 to train the probes, the rest to test; each is also probed
+before its training, and tested with the tokens of each test sequence shuffled.
+Writes experiments/results/probe_position[-<name>].csv and .png (with --quick in out/quick).
 """
-import argparse
 import math
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from attention_variance import before_training, random_model
+from attention_variance import DEVICE, random_model
 from lib import (
-    REPO, common_flags, merge_table, parse, positive, pyplot, runs_of, save, short_names, text, write_csv)
+    Parser, before_training, data_set, in_order, merge_csv, print_table, pyplot, runs_of, save, sequences,
+    short_names, table_path)
 
 from sample import load_run
 
 TAPS = ('attention output', 'after attention', 'after MLP')
 PROBES = ('MLP', 'linear', 'log-norm')
-SIZES = {'n_embd': (768, 128, 'width of the random model'), 'n_head': (12, 4, 'its heads'),  # full, with --quick, help
-         'n_layer': (12, 4, 'its layers'), 'block_size': (512, 128, 'tokens in its sequences'),
-         'steps': (2000, 200, 'of training the probes'), 'batch': (32, 8, 'sequences in a step'),
-         'test': (256, 64, 'sequences'), 'hidden': (256, 128, 'ReLUs of the MLP')}
+FULL = dict(n_embd=768, n_head=12, n_layer=12, block_size=512)  # the paper's size
+SMALL = dict(n_embd=128, n_head=4, n_layer=4, block_size=128)
 HEADER = ('model', 'tokens', 'layer', 'tap', 'probe', 'error', 'always the middle')
 
 
 @torch.no_grad()
 def states(model, idx):
-    """What the taps see of the tokens idx (B, T): (1 + 3 layers, B T, C), the embedding first."""
+    """The vectors at all taps for the tokens idx (B, T): (1 + 3 layers, B T, C), the embedding first."""
     found = []
     hooks = [model.drop.register_forward_hook(lambda _, __, out: found.append(out))]
     for block in model.h:
@@ -64,40 +53,41 @@ def states(model, idx):
     return torch.stack(found).float().flatten(1, 2)
 
 
-def length(x):
+def log_norm(x):
     return x.norm(dim=-1).clamp_min(1e-30).log()
 
 
 def train_probes(model, fresh, args):
-    """Probes of all taps at once, on the sequences (batch, T) that fresh() draws.
+    """Train probes of all taps together on the sequences (batch, T) that fresh() draws.
 
-    -> a function: idx (B, T) to positions (3 probes, taps, B T).
+    Returns a function from idx (B, T) to positions (3 probes, taps, B T).
     """
     x = states(model, fresh())
     taps, _, C = x.shape
-    mean = x.mean(1, keepdim=True)  # of each channel; the length survives it
+    mean = x.mean(1, keepdim=True)
     std = x.std(1, keepdim=True).clamp_min(1e-12)
     torch.manual_seed(args.seed)
     net = [torch.randn(taps, C, args.hidden) / math.sqrt(C), torch.zeros(taps, 1, args.hidden),
            torch.zeros(taps, args.hidden, 1), torch.zeros(taps, 1, 1)]
     net = [p.to(x.device).requires_grad_() for p in net]
-    optimizer = torch.optim.Adam(net, lr=args.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
+    optimizer = torch.optim.Adam(net, lr=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, args.steps, pct_start=0.1)
 
-    def mlp(z):  # (taps, N, C) -> (taps, N), in (0, 1)
+    def mlp(z):
+        """z (taps, N, C) -> (taps, N), in (0, 1)."""
         z = torch.baddbmm(net[1], z, net[0]).relu()
         return torch.baddbmm(net[3], z, net[2])[..., 0].sigmoid()
 
     xx = torch.zeros(taps, C + 1, C + 1, dtype=torch.float64, device=x.device)
     xy = torch.zeros(taps, C + 1, 1, dtype=torch.float64, device=x.device)
-    lengths = []
+    norms = []
     for step in range(args.steps):
         idx = fresh()
         B, T = idx.shape
         x = states(model, idx)
         z = (x - mean) / std
         m = torch.arange(1, T + 1, device=x.device).repeat(B) / T  # (B T,)
-        loss = (mlp(z) - m).abs().mean(1).sum()  # each tap's probe has its own weights: their sum trains them apart
+        loss = (mlp(z) - m).abs().mean(1).sum()  # each tap has its own weights, so the sum trains them separately
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -106,27 +96,26 @@ def train_probes(model, fresh, args):
         xx += w.mT @ w
         xy += w.mT @ m[:, None]
         if step * B * T < 2 ** 20:  # enough for the medians
-            lengths.append(length(x))
+            norms.append(log_norm(x))
     eye = torch.eye(C + 1, dtype=xx.dtype, device=xx.device)
-    ridge = 1e-3 * args.steps * B * T * eye  # the channels have variance 1
-    linear = torch.linalg.solve(xx + ridge, xy).float()  # (taps, C+1, 1)
-    edges, medians = length_bins(torch.cat(lengths, 1), T)
+    linear = torch.linalg.solve(xx + 1e-3 * args.steps * B * T * eye, xy).float()  # (taps, C+1, 1)
+    edges, medians = norm_bins(torch.cat(norms, 1), T)
 
     @torch.no_grad()
     def predict(idx):
         x = states(model, idx)
         z = (x - mean) / std
         by_regression = (F.pad(z, (0, 1), value=1) @ linear)[..., 0].clamp(0, 1) * T
-        by_length = medians.gather(1, torch.searchsorted(edges, length(x)))
-        return torch.stack((mlp(z) * T, by_regression, by_length))
+        by_norm = medians.gather(1, torch.searchsorted(edges, log_norm(x)))
+        return torch.stack((mlp(z) * T, by_regression, by_norm))
 
     return predict
 
 
-def length_bins(lengths, T):
-    """lengths (taps, N), entry n at position n % T + 1 -> edges of 64 bins (taps, 63), median positions (taps, 64)."""
-    bins = lengths.argsort(1).tensor_split(64, 1)
-    edges = torch.cat([lengths.gather(1, which[:, :1]) for which in bins[1:]], 1)
+def norm_bins(norms, T):
+    """norms (taps, N), entry n at position n % T + 1 -> edges of 64 bins (taps, 63), median positions (taps, 64)."""
+    bins = norms.argsort(1).tensor_split(64, 1)
+    edges = torch.cat([norms.gather(1, which[:, :1]) for which in bins[1:]], 1)
     medians = torch.stack([(which % T + 1).float().median(1).values for which in bins], 1)
     return edges, medians
 
@@ -138,26 +127,97 @@ def errors(predict, test, batch):
     return sum(parts) / test.numel()
 
 
+def probe(name, tokens, model, fresh, tests, args):
+    """Train probes on what fresh() draws; tests {suffix of the name: sequences} -> rows of the CSV."""
+    predict = train_probes(model, fresh, args)
+    rows = []
+    for suffix, idx in tests.items():
+        found = errors(predict, idx, args.batch)  # (3 probes, taps)
+        middle = idx.size(1) / 4
+        print(f'{name}{suffix}: the smallest error at a tap is {found.min():.1f}', flush=True)
+        for probe_name, (embedding, *others) in zip(PROBES, found.tolist()):
+            rows.append((name + suffix, tokens, 0, TAPS[-1], probe_name, embedding, middle))
+            for i, error in enumerate(others):
+                rows.append((name + suffix, tokens, 1 + i // 3, TAPS[i % 3], probe_name, error, middle))
+    return rows
+
+
+def probe_random(args, size):
+    """Rows for random models: as they are, with large weights, without the mask."""
+    rows = []
+    for what, times, causal in (('', 1, True), (', weights x 10', 10, True), (', no causal mask', 1, False)):
+        model = random_model('nope', 0.02 * times, args.seed, DEVICE, causal=causal, vocab_size=args.vocab_size, **size)
+        generator = torch.Generator().manual_seed(args.seed)
+
+        def draw_tokens(n):
+            return torch.randint(args.vocab_size, (n, size['block_size']), generator=generator)
+        rows += probe(f'random nope{what}', f'{args.vocab_size} kinds, random', model,
+                      lambda: draw_tokens(args.batch), {'': draw_tokens(args.test)}, args)
+    return rows
+
+
+def probe_trained(name, out_dir, args):
+    """Rows for a run before and after its training."""
+    model, checkpoint = load_run(out_dir, None, DEVICE)
+    T = model.config.block_size
+    val = data_set(checkpoint['settings']['dataset'], args.data_dir)[1]
+    split = len(val) * 4 // 5
+    test = sequences(val[split:], args.test, T)
+    val = torch.from_numpy(val[:split].astype(np.int64))
+    tokens = f'{checkpoint["meta"]["vocab_size"]} kinds, text'
+    rows = []
+    for what, which in (('before training', before_training(model, checkpoint)), ('trained', model)):
+        generator = torch.Generator().manual_seed(args.seed)
+
+        def draw_sequences():
+            starts = torch.randint(len(val) - T + 1, (args.batch, 1), generator=generator)
+            return val[starts + torch.arange(T)]  # (batch, T)
+        shuffled = test.gather(1, torch.rand(test.shape, generator=torch.Generator().manual_seed(1)).argsort(1))
+        rows += probe(f'{what}: {name}', tokens, which, draw_sequences, {'': test, ', test shuffled': shuffled}, args)
+    return rows
+
+
+def error_table(rows):
+    """Rows of the CSV -> the error at every layer and tap of random models."""
+    cells = []
+    for name, layer in dict.fromkeys((row[0], str(row[2])) for row in rows):
+        of_layer = {(row[3], row[4]): float(row[5]) for row in rows if (row[0], str(row[2])) == (name, layer)}
+        if len(of_layer) == 9 and name.startswith('random'):
+            taps = (' / '.join(f'{of_layer[tap, probe]:.1f}' for probe in PROBES) for tap in TAPS)
+            cells.append((name, layer, *taps))
+    return ('model', 'layer', *(f'{tap}: MLP / linear / log-norm' for tap in TAPS)), cells
+
+
+def last_layer_table(rows):
+    """Rows of the CSV -> the error after the last layer of trained runs."""
+    found = {(row[0], row[4], int(row[2])): float(row[5]) for row in rows if row[3] == 'after MLP'}
+    runs = [name.removeprefix('trained: ') for name, _, _ in found if name.startswith('trained') and ',' not in name]
+    schemes = {run.rsplit('-', 1)[0]: run for run in runs}
+    cells = []
+    for scheme in in_order(schemes):
+        run = schemes[scheme]
+        last = max(layer for name, _, layer in found if name == f'trained: {run}')
+        both = [', '.join(f'{found[f"{what}: {run}", probe, last]:.1f}' for what in ('before training', 'trained'))
+                for probe in ('MLP', 'linear')]
+        shuffled = found.get((f'trained: {run}, test shuffled', 'MLP', last))
+        cells.append((run, *both, '-' if shuffled is None else f'{shuffled:.1f}'))
+    return ('run', 'MLP: before, after training', 'linear: before, after', 'MLP after training, test shuffled'), cells
+
+
 def draw(rows):
-    """Rows of the CSV -> a figure with a panel for each model, not shuffled."""
-    chance = {}  # {(model, tokens): error of always answering the middle}
-    for row in rows:
-        if not row[0].endswith('shuffled'):
-            chance[row[:2]] = row[6]
-    down = -(-len(chance) // 4)
-    wide = min(4, len(chance))
-    size = (3.6 * wide, 3 * down)
-    fig, axes = pyplot().subplots(down, wide, figsize=size, squeeze=False, layout='constrained')
+    """A panel for each model, without shuffled tests."""
+    chance = {row[:2]: float(row[6]) for row in rows if not row[0].endswith('shuffled')}
+    wide = min(6, len(chance))
+    down = -(-len(chance) // wide)
+    fig, axes = pyplot().subplots(down, wide, figsize=(2.8 * wide, 2.4 * down), squeeze=False, layout='constrained')
     for ax, case in zip(axes.flat, chance):
         for tap, color in zip(TAPS, ('C0', 'C1', 'C2')):
             for probe, style in zip(PROBES, ('o-', ':', '^--')):
-                line = [row for row in rows if row[:2] == case and row[3:5] == (tap, probe)]
-                ax.plot([row[2] for row in line], [row[5] for row in line], style, color=color, lw=1.2, ms=3.5,
-                        label=f'{tap}, {probe}')
+                line = [(int(row[2]), float(row[5])) for row in rows if row[:2] == case and row[3:5] == (tap, probe)]
+                ax.plot(*zip(*line), style, color=color, lw=1.2, ms=3, label=f'{tap}, {probe}')
         ax.axhline(chance[case], color='k', lw=1, ls='-.', label='always the middle')
-        ax.set(xlabel='layer (0: the embedding)', ylabel='mean absolute error, tokens', ylim=(0, 1.15 * chance[case]))
-        ax.set_title('\n'.join(textwrap.fill(name, 60) for name in case), fontsize=8)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(xlabel='layer (0: the embedding)', ylabel='error, tokens', ylim=(0, 1.15 * chance[case]))
+        ax.set_title(textwrap.fill(case[0], 40), fontsize=8)
         ax.grid(alpha=0.3)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', fontsize=8, ncols=5)
     for ax in axes.flat[len(chance):]:
@@ -165,119 +225,29 @@ def draw(rows):
     return fig
 
 
-def probe(name, tokens, model, fresh, test, generator, args):
-    """Train probes on what fresh() draws and test them -> rows of the CSV; with --shuffled two tests."""
-    predict = train_probes(model, fresh, args)
-    tests = {name: test}
-    if args.shuffled:
-        tests[f'{name}, test shuffled'] = test.gather(1, torch.rand(test.shape, generator=generator).argsort(1))
-    middle = test.size(1) / 4
-    rows = []
-    for name, idx in tests.items():
-        found = errors(predict, idx, args.batch)  # (3 probes, taps)
-        print(f'{name}: the best error at a tap is {found.min():.1f}, the middle has {middle:g}', flush=True)
-        for probe_name, (embedding, *others) in zip(PROBES, found.tolist()):
-            rows.append((name, tokens, 0, TAPS[-1], probe_name, embedding, middle))
-            for i, error in enumerate(others):
-                rows.append((name, tokens, 1 + i // 3, TAPS[i % 3], probe_name, error, middle))
-    return rows
-
-
-def probe_random(args):
-    """Rows for random models: as they are, with large weights, without the mask."""
-    scheme = args.model or 'nope'
-    rows = []
-    for what, times, causal in (('', 1, True), (', weights x 10', 10, True), (', no causal mask', 1, False)):
-        model = random_model(scheme, args.sigma * times, args.seed, args.device, causal=causal,
-                             vocab_size=args.vocab_size, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd,
-                             block_size=args.block_size, scale_residual_init=args.scaled_init)
-        generator = torch.Generator().manual_seed(args.seed)
-
-        def draw_tokens(n):
-            return torch.randint(args.vocab_size, (n, args.block_size), generator=generator)
-        rows += probe(f'random {scheme}{what}', f'{args.vocab_size} kinds, random', model,
-                      lambda: draw_tokens(args.batch), draw_tokens(args.test), generator, args)
-    return rows
-
-
-def probe_trained(name, out_dir, args):
-    """Rows for a run before and after its training."""
-    model, checkpoint = load_run(out_dir, None, args.device)
-    T = model.config.block_size
-    val = torch.from_numpy(text(checkpoint['settings']['dataset'], args.data_dir)[1].astype(np.int64))
-    val, rest = val.tensor_split([len(val) * 4 // 5])
-    test = rest[:len(rest) // T * T].view(-1, T)
-    test = test[torch.linspace(0, len(test) - 1, min(len(test), args.test)).long()]  # from all over it
-    tokens = f'{checkpoint["meta"]["vocab_size"]} kinds, text'
-    rows = []
-    for what, which in (('before training', before_training(model, checkpoint)), ('trained', model)):
-        generator = torch.Generator().manual_seed(args.seed)
-
-        def draw_windows():
-            starts = torch.randint(len(val) - T + 1, (args.batch, 1), generator=generator)
-            return val[starts + torch.arange(T)]  # (batch, T)
-        rows += probe(f'{what}: {name}', tokens, which, draw_windows, test, generator, args)
-    return rows
-
-
-def print_table(rows):
-    heads = ' | '.join(f'{tap}: MLP / linear / log-norm' for tap in TAPS)
-    print(f'\n| model | tokens | layer | {heads} | always the middle |\n|' + '---|' * 7)
-    for name, tokens, layer, middle in dict.fromkeys((*row[:3], row[6]) for row in rows):
-        cells = []
-        for tap in TAPS:
-            cells.append(' / '.join(f'{row[5]:.1f}' for row in rows if row[:4] == (name, tokens, layer, tap)))
-        print(f'| {name} | {tokens} | {layer} | {" | ".join(cells)} | {middle:g} |')
-
-
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    files = (*REPO.glob('model_*.py'), *REPO.glob('baselines/model_*.py'))
-    models = sorted(path.stem[6:] for path in files)
-    parser.add_argument('--model', choices=models,
-                        help='probe random models of this file (default nope, if there is no --out_dir)')
-    for name, (full, quick, note) in SIZES.items():
-        parser.add_argument(f'--{name}', type=positive, help=f'{note} (default {full}, {quick} with --quick)')
-    parser.add_argument('--learning_rate', type=float, default=1e-2, help='of the MLP (default 0.01)')
-    parser.add_argument('--sigma', type=float, default=0.02, help='of the initial weights at width 768 (default 0.02)')
-    parser.add_argument('--scaled_init', action='store_true',
-                        help='random models with residual projections divided by sqrt(2 n_layer), as in GPT-2')
-    parser.add_argument('--vocab_size', type=positive, default=50304, help='kinds of random tokens (default 50304)')
-    parser.add_argument('--out_dir', nargs='+', default=[], help='folders of trained runs, of any model')
-    parser.add_argument('--data_dir', default='data', help='where their prepared text is (default data)')
-    parser.add_argument('--shuffled', action='store_true',
-                        help='each test once more, with the tokens of its sequences in random order')
-    parser.add_argument('--seed', type=int, default=1, help='of weights, tokens and probes (default 1)')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    common_flags(parser, 'a smaller model and fewer steps', dataset=False, name=True)
-    args = parse(parser, {name: (full, quick) for name, (full, quick, _) in SIZES.items()})
-    if args.name and args.out_dir:
-        parser.error('give --out_dir or --name, not both')
-    if args.name:
-        args.out_dir = runs_of(args.name)
-    return args
-
-
 def main():
-    args = arguments()
-    names = short_names(args.out_dir)
-    print(f'on {args.device}', flush=True)
-    if args.device.startswith('cuda'):
-        torch.set_float32_matmul_precision('high')  # TF32: its rounding is far below the noise of the probes
-    rows = []
-    if args.model or not args.out_dir:
-        rows += probe_random(args)
-    for name, out_dir in zip(names, args.out_dir):
+    parser = Parser(__doc__, 'a smaller random model and fewer steps')
+    parser.add_argument('out_dirs', nargs='*', help='folders of trained runs, of any model')
+    parser.add_argument('--name', help='all causal runs of this --name of compare.py; other rows stay in the table')
+    parser.add('--steps', 2000, 200, 'of training the probes')
+    parser.add('--test', 256, 64, 'sequences in the test')
+    parser.add('--vocab_size', 50304, note='number of different random tokens')
+    parser.add('--seed', 1, note='of weights, tokens and probes')
+    parser.add_data()
+    args = parser.parse_args()
+    args.batch, args.hidden = (8, 128) if args.quick else (32, 256)  # sequences in a step; hidden units of the MLP
+    if args.name and args.out_dirs:
+        parser.error('give folders of runs or --name, not both')
+    out_dirs = runs_of(args.name) if args.name else args.out_dirs
+    path = args.results / f'probe_position-{args.name}.csv' if args.name else table_path(args, 'probe_position')
+    if not args.name:
+        path.unlink(missing_ok=True)
+    sizes = ', '.join(f'{name} {getattr(args, name)}' for name in ('steps', 'batch', 'test', 'hidden', 'seed'))
+    rows = [] if out_dirs else probe_random(args, SMALL if args.quick else FULL)
+    for name, out_dir in zip(short_names(out_dirs), out_dirs):
         rows += probe_trained(name, out_dir, args)
-    parts = ['probe_position', 'quick' if args.quick else '', args.model, 'trained' if args.out_dir else '']
-    path = Path(args.results, '-'.join(part for part in parts if part) + '.csv')
-    if args.name:
-        path = path.with_name(f'probe_position-{args.name}.csv')
-        sizes = ', '.join(f'{name} {getattr(args, name)}' for name in ('steps', 'batch', 'test', 'hidden', 'seed'))
-        rows = merge_table(path, HEADER, rows, 2, sizes)
-    else:
-        write_csv(path.parent, path.stem, HEADER, rows)
-    print_table(rows)
+    rows = merge_csv(path, HEADER, rows, 2, sizes)
+    print_table(last_layer_table(rows) if out_dirs else error_table(rows))
     save(draw(rows), path)
 
 

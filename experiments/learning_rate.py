@@ -1,0 +1,96 @@
+"""
+Which learning rate suits each position scheme, and is one rate fair to all?
+
+    python experiments/learning_rate.py --quick     # a few minutes: does it run?
+    python experiments/learning_rate.py --jobs 2    # two runs at a time, one thread each
+    python experiments/learning_rate.py --jobs 2 --datasets enwik8 --steps 2000
+
+Each run is train.py with the tiny preset in its own folder in out/learning_rate/. What is finished there, or is in the
+table, is not trained again, so that an interrupted sweep continues.
+The second table has the mean over the schemes for each rate, and the largest distance of any scheme from its own best
+loss. A rate whose largest distance is small is fair to all of them.
+Writes experiments/results/learning_rate.csv after each run, and .png.
+"""
+import itertools
+import statistics
+from pathlib import Path
+
+from lib import (
+    QUICK, SCHEMES, Parser, line_panels, losses, merge_csv, number, positive, print_table, rate, read_csv, read_schemes,
+    save, table_path, train_all)
+
+HEADER = 'dataset', 'objective', 'steps', 'scheme', 'learning_rate', 'loss'
+FLAGS = {**SCHEMES, 'conv': ['--model', 'conv'], 'kernelized': ['--model', 'kernelized']}
+
+
+def loss_tables(rows):
+    """Rows of the CSV -> per data set and objective: a table of the losses by rate, a table of mean and distance."""
+    rates = sorted({row[4] for row in rows})
+    heads = [f'{value:g}' for value in rates]
+    by_scheme, by_setting = [], []
+    for setting in dict.fromkeys(row[:3] for row in rows):
+        found = {}
+        for row in rows:
+            if row[:3] == setting:
+                found.setdefault(row[3], {})[row[4]] = row[5]
+        complete = {scheme: losses for scheme, losses in found.items() if len(losses) == len(rates)}
+        names = setting[0], setting[1], f'{setting[2]:,}'
+        for scheme, of_rate in found.items():
+            cells = [f'{of_rate[value]:.4f}' if value in of_rate else '-' for value in rates]
+            by_scheme.append((*names, scheme, *cells))
+        if complete:
+            means = [statistics.mean(losses[value] for losses in complete.values()) for value in rates]
+            far = [max(losses[value] - min(losses.values()) for losses in complete.values()) for value in rates]
+            by_setting.append((*names, *(f'{mean:.4f} ({x:.4f})' for mean, x in zip(means, far))))
+    first = ('data set', 'objective', 'steps', 'scheme', *heads)
+    return (first, by_scheme), (('data set', 'objective', 'steps', *(f'{h}: mean (distance)' for h in heads)),
+                                by_setting)
+
+
+def draw(rows):
+    panels = {}
+    for dataset, objective, steps, scheme, value, loss in sorted(rows):
+        x, y = panels.setdefault(f'{dataset}, {objective}, {steps:,} steps', {}).setdefault(scheme, ([], []))
+        x.append(value)
+        y.append(loss)
+    return line_panels(panels, 'learning rate', 'last validation loss (nats per token)', 'o-', xscale='log')
+
+
+def main():
+    parser = Parser(__doc__, 'half the width, half the layers, 60 steps, two rates')
+    parser.add('--rates', [3e-3, 6e-3, 1.2e-2], [3e-3, 6e-3], type=rate, nargs='+')
+    parser.add('--schemes', 'nope rope alibi composite conv kernelized'.split(), nargs='+', metavar='SCHEME',
+               note="of compare.py, conv, kernelized, or 'name: flags of train.py'")
+    parser.add('--objectives', ['causal', 'masked'], choices=('causal', 'masked'), nargs='+')
+    parser.add('--datasets', ['shakespeare'], nargs='+')
+    parser.add('--steps', 1000, 60)
+    parser.add_argument('--jobs', type=positive, default=2, help='runs at a time (default 2)')
+    parser.add_data()
+    args = parser.parse_args()
+    known = {word: FLAGS[word] for word in args.schemes if word in ('conv', 'kernelized')}
+    args.schemes = known | read_schemes([word for word in args.schemes if word not in known])
+    path = table_path(args, 'learning_rate')
+    rows = [tuple(map(number, row.values())) for row in read_csv(path)]
+    runs, keys = [], []
+    settings = itertools.product(args.datasets, args.objectives, args.schemes, args.rates)
+    for dataset, objective, scheme, value in settings:
+        key = dataset, objective, args.steps, scheme, value
+        if scheme in FLAGS and any(row[:5] == key for row in rows):
+            continue
+        name = f'{dataset}-{objective}-{scheme}-{value:g}-{args.steps}' + ('-quick' if args.quick else '')
+        words = [*(QUICK if args.quick else []), '--dataset', dataset, '--objective', objective, '--data_dir',
+                 args.data_dir, '--max_iters', str(args.steps), '--learning_rate', str(value), *args.schemes[scheme]]
+        runs.append((f'{dataset} {objective} {scheme} {value:g}', Path('out', 'learning_rate', name), words))
+        keys.append(key)
+    for n in train_all(runs, args.jobs):
+        loss = losses(runs[n][1])[-1][1]
+        print(f'{runs[n][0]}: {loss:.4f}', flush=True)
+        merge_csv(path, HEADER, [(*keys[n], f'{loss:g}')], 5)
+    rows = [tuple(map(number, row.values())) for row in read_csv(path)]
+    for table in loss_tables(rows):
+        print_table(table)
+    save(draw(rows), path)
+
+
+if __name__ == '__main__':
+    main()

@@ -59,7 +59,7 @@ class Settings:
     max_iters: int = 1000  # optimizer steps
     batch_size: int = 24  # sequences per optimizer step, over all processes and micro batches
     micro_batch_size: int = 0  # sequences per forward pass of one process; 0: its whole share of the batch at once
-    learning_rate: float = 3e-3  # peak of the schedule
+    learning_rate: float = 6e-3  # peak of the schedule
     min_lr: float = 0.0  # learning rate at the end of the cosine
     warmup_iters: int = 100  # steps of linear warm-up
     weight_decay: float = 0.1  # on parameters of two or more dimensions, position kernels included

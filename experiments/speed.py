@@ -109,7 +109,7 @@ def training_step(model, idx, bf16, compiled):
     choice = getattr(sys.modules[type(model).__module__], 'choose_attention', lambda *_: None)(model, dtype)
     if choice:
         print(choice, flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=idx.is_cuda)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     run = torch.compile(model, dynamic=False) if compiled else model
 
     def step():

@@ -120,6 +120,14 @@ def test_contract(name):
         model(idx[:, 16:17], state=state)
 
 
+@pytest.mark.parametrize('variant', equivalence.VARIANTS)
+def test_every_parameter_is_trained(variant):
+    name, fields = equivalence.VARIANTS[variant]
+    model, idx = make(load(name), **fields)
+    model(idx, idx.roll(-1, 1))[1].backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
 @pytest.mark.parametrize('name, fields, message', [
     ('composite', dict(kernel_size=16), 'kernel_size must be odd and positive, not 16'),
     ('conv', dict(kernel_size=-1), 'kernel_size must be odd and positive, not -1'),

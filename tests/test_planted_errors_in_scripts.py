@@ -21,7 +21,7 @@ REPO = Path(__file__).resolve().parents[1]
 HERE = 'tests/test_train.py::'
 # (file, right text, which occurs exactly once, wrong text, the test that must fail)
 PLANTED = [
-    ('train.py', 'sequences[:, 1:].copy()', 'sequences[:, :-1].copy()',
+    ('train.py', 'sequences[:, 1:], None', 'sequences[:, :-1], None',
      HERE + 'test_causal_targets_are_the_next_tokens'),
     ('train.py', 'np.where(u < 0.8', 'np.where(u < 0.9', HERE + 'test_masked_batch'),
     ('train.py', 'range(i, i + micro)', 'range(first, first + micro)',
@@ -35,12 +35,14 @@ PLANTED = [
      HERE + 'test_the_best_checkpoint_holds_the_best_loss_and_its_step'),
     ('train.py', '(settings.seed, step, RANK)', '(settings.seed, os.getpid(), RANK)',
      HERE + 'test_killed_and_resumed_is_bit_identical'),
-    ('train.py', "optimizer.load_state_dict(checkpoint['optimizer'])", 'pass',
+    ('train.py', "optimizer.load_state_dict(dict(checkpoint['optimizer'], param_groups=groups))", 'pass',
      HERE + 'test_resume_keeps_what_it_must'),
-    ('train.py', "old['meta'].get('sha256') == run.meta['sha256']", 'True',
+    ('train.py', "checkpoint['meta']['sha256'] == run.meta['sha256']", 'True',
      HERE + 'test_the_best_loss_starts_anew_when_the_data_change[data]'),
     ('train.py', 'zipfile.ZipFile(path).testzip()', 'None', HERE + 'test_damaged_checkpoints_are_refused'),
-    ('train.py', 'number != hangup', 'number == hangup', HERE + 'test_second_signal_exits_at_once'),
+    ('train.py', "            save(run, model, optimizer, 'ckpt_last.pt')  # with", '            pass  #',
+     HERE + 'test_a_finished_run_is_extended'),
+    ('train.py', "'SIGHUP'", "'SIGABRT'", HERE + 'test_a_closed_terminal_saves_and_two_runs_never_share_a_folder'),
     ('train.py', 'fcntl.lockf(', 'id(', HERE + 'test_a_closed_terminal_saves_and_two_runs_never_share_a_folder'),
 ]
 try:

@@ -144,7 +144,7 @@ def batch_share(settings):
 
 
 def micro_batches(run, step):
-    """This process's share of the batch of a step: a list of make_batch()."""
+    """This process's share of the batch of a step: a list of micro batches, see make_batch()."""
     share, micro = batch_share(run.settings)
     first = RANK * share
     return [train_batch(run, step, range(i, i + micro)) for i in range(first, first + share, micro)]
@@ -234,7 +234,7 @@ def training_loop(run, model, ddp, optimizer):
             validate(run, model, optimizer)
             timed_from = step, time.time()  # validation does not count as training time
         if step >= settings.max_iters:
-            save(run, model, optimizer, 'ckpt_last.pt')  # with the best loss, in case the run is continued
+            save(run, model, optimizer, 'ckpt_last.pt')  # with the best loss: the run may be continued
             return 0
 
         loss, norm = train_step(run, ddp, optimizer, step, batches)
@@ -292,7 +292,7 @@ def describe(run, loss):
             f'{bits_per_byte(run, loss):.4f} bits per byte, perplexity {math.exp(min(loss, 99)):.2f}')
 
 
-# -- files, devices, processes and the command line: no part of the method --------------------------------------------
+# -- files, devices, processes and the command line -------------------------------------------------------------------
 FILES = ('config.json', 'log.csv', 'loss.png', 'ckpt_last.pt', 'ckpt_best.pt')
 
 
@@ -311,7 +311,7 @@ def one_line(error):
 def open_folder(out, flags):
     """Create and lock the folder of a run -> the lock. Refuses a folder that holds another run."""
     if out.is_file():
-        die(f'--out_dir {out} is a file; it must be a folder, or the name of a new folder')
+        die(f'--out_dir {out} is a file; it must be a folder')
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / '.lock', 'w')
     try:
@@ -373,7 +373,7 @@ def restore(run, checkpoint, model, optimizer):
 
 
 def start_log(run):
-    """Read log.csv up to the step of the checkpoint, without a validation at it if the loop will repeat that."""
+    """Read log.csv up to run.step. A validation at that step is left out if the loop will repeat it."""
     if (run.out / 'log.csv').exists():
         with open(run.out / 'log.csv', newline='', encoding='utf-8') as f:
             rows = [row for row in csv.DictReader(f) if int(row['step']) <= run.step]
@@ -405,7 +405,7 @@ def plot(run):
 
 
 def handle_signals(signals=None):
-    """Append the signals that come to a list, or without a list exit at once, which removes unfinished files."""
+    """Append each signal to the list. Without a list, exit at once; temporary files are removed."""
     def on_signal(number, _):
         if signals is None:
             sys.exit(128 + number)
@@ -487,7 +487,7 @@ def read_config(path):
 
 def resolve(argv):
     """Command line -> Settings, the model file, its Config, and all flags as argparse returns them."""
-    # 1. Which preset, file or run do the flags change (`base`), and which model is it?
+    # 1. Which preset, file or run do the flags change? Its values are `base`. Which model is it?
     parser = make_parser(add_help=False)
     for name in ('model', 'objective', 'dataset'):
         parser.add_argument(f'--{name}', default=argparse.SUPPRESS)
@@ -509,7 +509,7 @@ def resolve(argv):
     parser = make_parser(description=__doc__)
     add_fields(parser, Settings)
     add_fields(parser, module.Config)
-    parser.set_defaults(vocab_size=0, causal=chosen['objective'] == 'causal')  # 0: what the data needs
+    parser.set_defaults(vocab_size=0, causal=chosen['objective'] == 'causal')  # vocab_size 0: as the data needs
     if chosen['objective'] != base.get('objective', chosen['objective']):
         base.pop('causal', None)  # the objective determines it
 
@@ -600,7 +600,7 @@ def main():
 
 
 def train(run, flags, model, ddp, optimizer):
-    """The whole run: from the checkpoint, if there is one, to loss.png."""
+    """The whole run, from the checkpoint of --resume to loss.png."""
     lock = open_folder(run.out, flags) if RANK == 0 else None  # the folder is locked as long as `lock` exists
     if flags.resume:
         restore(run, load_checkpoint(run.out / 'ckpt_last.pt'), model, optimizer)

@@ -498,7 +498,7 @@ def resolve(argv):
     asked.out_dir = asked.out_dir or 'out/{model}-{objective}-{dataset}'.format(**chosen)
     if asked.resume or asked.eval_only:
         if not Path(asked.out_dir, 'ckpt_last.pt').exists():
-            die(f'there is no checkpoint in {asked.out_dir}; --resume and --eval_only need the --out_dir of a run')
+            die(f'{asked.out_dir} has no checkpoint: --resume and --eval_only need the --out_dir of a run')
         base = read_config(Path(asked.out_dir, 'config.json'))
         chosen = {**vars(Settings()), **base, **vars(asked)}
         if chosen['model'] != base.get('model'):

@@ -28,7 +28,7 @@ PLANTED = [
     ('train.py', "run.meta['val_tokens'] / run.meta['val_bytes']", '1', HERE + 'test_what_the_log_says'),
     ('train.py', '        run.best = loss\n        save', '        save',
      HERE + 'test_the_best_checkpoint_holds_the_best_loss_and_its_step'),
-    ('train.py', '(settings.seed, step, RANK)', '(settings.seed, time.time_ns(), RANK)', HERE + 'test_what_the_log_says'),
+    ('train.py', '(settings.seed, step, RANK)', '(settings.seed, time.time_ns())', HERE + 'test_what_the_log_says'),
     ('train.py', "optimizer.load_state_dict(dict(checkpoint['optimizer'], param_groups=groups))", 'pass',
      HERE + 'test_resume_keeps_what_it_must'),
     ('train.py', "checkpoint['meta']['sha256'] == run.meta['sha256']", 'True',

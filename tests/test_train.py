@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 import prepare_data
 import train as script
@@ -32,11 +33,6 @@ def log(folder, *columns):
 
 def checkpoint(folder, which='last'):
     return torch.load(folder / f'ckpt_{which}.pt', weights_only=True)
-
-
-def assert_equal(a, b, tolerance=0.0):
-    """Two nested dicts hold the same tensors."""
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
 def one_line(text, part):
@@ -137,7 +133,7 @@ def test_micro_batches_equal_one_batch(objective):
         for group, decay, dimensions in zip(optimizer.param_groups, (0.1, 0.0), (2, 1), strict=True):
             assert (group['lr'], group['weight_decay'], group['betas']) == (6e-3 * 6 / 100, decay, (0.8, 0.95))
             assert {p.dim() for p in group['params']} == {dimensions}
-    assert_equal(found[0], found[1], 1e-5)
+    assert_close(found[0], found[1], rtol=0, atol=1e-5)
 
 
 def test_schedule():
@@ -241,7 +237,7 @@ def test_killed_and_resumed_is_bit_identical(unbroken):
     unbroken('train.py', '--resume', '--out_dir', 'broken')
     a, b = checkpoint(unbroken.out_dir), checkpoint(broken)
     assert (a['step'], a['losses']) == (b['step'], b['losses']) and len(a['losses']) == 5
-    assert_equal([a['model'], a['optimizer']['state']], [b['model'], b['optimizer']['state']])
+    assert_close([a['model'], a['optimizer']['state']], [b['model'], b['optimizer']['state']], rtol=0, atol=0)
     assert a['optimizer']['param_groups'] == b['optimizer']['param_groups']
     for columns in (('step', 'train_loss', 'lr', 'grad_norm'), ('step', 'val_loss', 'bits_per_byte')):
         assert log(unbroken.out_dir, *columns) == log(broken, *columns)
@@ -298,7 +294,7 @@ def test_two_processes_equal_one(train):
     words = [*train.words, *words, '--micro_batch_size', 2, '--out_dir', 'two']
     train.process('torchrun', '--nproc_per_node=2', 'train.py', *words)
     one, two = train.folder / 'one', train.folder / 'two'
-    assert_equal(checkpoint(one)['model'], checkpoint(two)['model'], 2e-5)
+    assert_close(checkpoint(one)['model'], checkpoint(two)['model'], rtol=0, atol=2e-5)
     for columns in (('train_loss', 'grad_norm'), ('val_loss',)):
         a, b = (np.array(log(folder, *columns), float) for folder in (one, two))
         assert np.abs(a - b).max() < 2e-4, columns
@@ -438,7 +434,7 @@ def test_full_disk_leaves_the_old_files(finished, monkeypatch):
         monkeypatch.setattr(os, 'fsync', lambda _: next(results, False) or os.listdir('/No space left'))
         finished('train.py', '--resume', '--out_dir', 'x', '--max_iters', 26, '--eval_interval', 25, code=1)
         one_line(finished.err, "could not be written: [Errno 2] No such file or directory: '/No space left'")
-        assert_equal(checkpoint(finished.x)['model'], old['model'])
+        assert_close(checkpoint(finished.x)['model'], old['model'], rtol=0, atol=0)
         assert {path.name for path in finished.x.iterdir()} == {*script.FILES, '.lock'}
 
 
@@ -458,7 +454,7 @@ REFUSED = {
     '--no-causal': '--objective causal needs --causal',
     '--learning-rate 1': 'unrecognized arguments: --learning-rate 1',
     '--overwrite --resume': 'argument --resume: not allowed with argument --overwrite',
-    '--eval_only': 'there is no checkpoint in out/composite-causal-code',
+    '--eval_only': 'out/composite-causal-code has no checkpoint',
     '{"min_lr": "low"}': "--min_lr: invalid float value: 'low'",
     '[1]': 'must hold a JSON object',
     '--n_head 3': 'multiple of n_head, not 32 with 3',
@@ -485,10 +481,10 @@ def test_who_decides_a_setting(monkeypatch, tmp_path):
     Path('x').mkdir()
     Path('x/ckpt_last.pt').touch()
     Path('x/config.json').write_text('{"model": "nope", "objective": "causal", "causal": true, "learning_rate": 5e-4}')
-    Path('c.json').write_text('{"causal": true, "learning_rate": 1e-4, "batch_size": 6, "vocab_size": 9, "resume": 1}')
+    Path('c.json').write_text('{"causal": true, "min_lr": 1e-4, "batch_size": 6, "vocab_size": 9, "resume": true}')
     words = '--objective masked --config c.json --preset small --batch_size 2'.split()
     settings, _, config, flags = script.resolve(words)
-    assert (settings.batch_size, settings.learning_rate, settings.max_iters, config.n_layer) == (2, 1e-4, 5000, 6)
+    assert (settings.batch_size, settings.min_lr, settings.max_iters, config.n_layer) == (2, 1e-4, 5000, 6)
     assert (config.causal, config.vocab_size, flags.resume) == (True, 0, False)
     assert flags.out_dir == 'out/composite-masked-shakespeare'
     assert not script.resolve(['--preset', 'bert_small'])[2].causal, 'the objective of a preset decides'

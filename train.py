@@ -366,7 +366,7 @@ def restore(run, checkpoint, model, optimizer):
         same = checkpoint['meta']['sha256'] == run.meta['sha256'] and all(
             old[name] == new[name] for name in ('eval_tokens', 'mask_prob'))
         if not same and run.best < math.inf:
-            print0(f'the data, eval_tokens or mask_prob have changed: the best loss, {run.best:.4f}, starts anew')
+            print0(f'other data, eval_tokens or mask_prob: the best loss before, {run.best:.4f}, does not count')
             run.best = math.inf
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
         die(f'the checkpoint in {run.out} does not fit model_{run.settings.model}.py as it is now: {one_line(e)}')

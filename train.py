@@ -2,15 +2,12 @@
 Train any model_<name>.py as a causal or a masked language model, on a CPU, one GPU or many GPUs.
 
     python train.py --model composite                                       # a few minutes on two CPU cores
-    python train.py --model composite --objective masked --dataset wikitext2
     python train.py --resume --out_dir out/composite-causal-shakespeare     # continue that run
     python train.py --eval_only --out_dir out/composite-causal-shakespeare  # print its validation loss, train nothing
     torchrun --standalone --nproc_per_node=8 train.py --model nope --preset gpt2 --dataset fineweb-edu
 
 Every field of Settings and of the model's Config is a flag: python train.py --model composite --help.
 Flags win over --config FILE.json, which wins over --preset. With --resume, the run's own config.json replaces both.
-
-Above the ruled line is how a model is trained; below it are files, devices, processes and the command line.
 """
 import argparse
 import contextlib
@@ -20,7 +17,6 @@ import datetime
 import importlib.util
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -40,7 +36,6 @@ import torch.distributed as dist
 import prepare_data
 from prepare_data import atomic_write, die
 
-RUN_NAME = '{model}-{objective}-{dataset}'  # of the default folder, in out/
 RANK = int(os.environ.get('RANK', 0))  # index of this process; torchrun sets these three variables
 LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))  # index of this process on its machine
 WORLD = int(os.environ.get('WORLD_SIZE', 1))  # number of processes
@@ -79,14 +74,14 @@ PRESETS = {
                   learning_rate=1e-3, eval_interval=250, eval_tokens=2 ** 18),
     'gpt2': dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=512, micro_batch_size=32,
                  max_iters=20000, learning_rate=6e-4, warmup_iters=700, eval_interval=250, eval_tokens=2 ** 20),
-    # Chang et al.: BERT-small; a tenth of their 125k steps
-    'bert_small': dict(objective='masked', dataset='wikitext103', n_layer=12, n_head=4, n_embd=256, block_size=128,
-                       dropout=0.1, bias=True, batch_size=128, max_iters=12500, learning_rate=3e-4, warmup_iters=1000,
-                       weight_decay=0.01, beta2=0.999, eval_interval=500, eval_tokens=2 ** 18),
-    # Luo et al.: WikiText-103; a tenth of their 150k steps
-    'wikitext': dict(dataset='wikitext103', n_layer=6, n_head=8, n_embd=512, block_size=512, dropout=0.1, bias=True,
-                     batch_size=64, max_iters=15000, learning_rate=2e-3, warmup_iters=600, weight_decay=0.01,
-                     beta2=0.98, eval_interval=500, eval_tokens=2 ** 18),
+    'bert_small': dict(  # Chang et al.; a tenth of their 125k steps
+        objective='masked', dataset='wikitext103', n_layer=12, n_head=4, n_embd=256, block_size=128, dropout=0.1,
+        bias=True, batch_size=128, max_iters=12500, learning_rate=3e-4, warmup_iters=1000, weight_decay=0.01,
+        beta2=0.999, eval_interval=500, eval_tokens=2 ** 18),
+    'wikitext': dict(  # Luo et al.; a tenth of their 150k steps
+        dataset='wikitext103', n_layer=6, n_head=8, n_embd=512, block_size=512, dropout=0.1, bias=True, batch_size=64,
+        max_iters=15000, learning_rate=2e-3, warmup_iters=600, weight_decay=0.01, beta2=0.98, eval_interval=500,
+        eval_tokens=2 ** 18),
 }
 
 
@@ -108,30 +103,28 @@ class Run:
 
 
 # Batches. Row r of the batch of step i depends on (seed, i, r) only, not on the number of processes or micro batches.
-
 def make_batch(run, ids, starts, rngs):
-    """Sequences of T tokens beginning at `starts` -> idx (B, T), targets (B, T), None.
+    """Sequences of T tokens beginning at `starts` -> idx (B, T), targets (B, T), None: tensors on the device.
 
     Masked objective -> idx (B, T), targets (B, M), masked_positions (B, M). 80 % of the masked positions show [MASK],
     10 % a random token and 10 % their own token, as in BERT.
     """
     T = run.config.block_size
     sequences = np.stack([ids[i:i + T + 1] for i in starts]).astype(np.int64)  # (B, T+1)
-    idx = sequences[:, :T]
-    if run.settings.objective == 'causal':
-        return idx, sequences[:, 1:].copy(), None
-    M = max(1, round(run.settings.mask_prob * T))  # the same in every sequence, so that shapes are constant
-    masked_positions = np.stack([np.sort(rng.permutation(T)[:M]) for rng in rngs])  # (B, M)
-    targets = np.take_along_axis(idx, masked_positions, 1)  # (B, M)
-    u = np.stack([rng.random(M) for rng in rngs])
-    random_ids = np.stack([rng.integers(run.meta['vocab_size'], size=M) for rng in rngs])
-    shown = np.where(u < 0.8, run.meta['mask_id'], np.where(u < 0.9, random_ids, targets))
-    np.put_along_axis(idx, masked_positions, shown, 1)
-    return idx, targets, masked_positions
+    idx, targets, masked_positions = sequences[:, :T], sequences[:, 1:], None
+    if run.settings.objective == 'masked':
+        M = max(1, round(run.settings.mask_prob * T))  # the same in every sequence, so that shapes are constant
+        masked_positions = np.stack([np.sort(rng.permutation(T)[:M]) for rng in rngs])  # (B, M)
+        targets = np.take_along_axis(idx, masked_positions, 1)  # (B, M)
+        u = np.stack([rng.random(M) for rng in rngs])
+        random_ids = np.stack([rng.integers(run.meta['vocab_size'], size=M) for rng in rngs])
+        shown = np.where(u < 0.8, run.meta['mask_id'], np.where(u < 0.9, random_ids, targets))
+        np.put_along_axis(idx, masked_positions, shown, 1)
+    return [None if x is None else torch.from_numpy(x).to(run.device) for x in (idx, targets, masked_positions)]
 
 
 def train_batch(run, step, row_ids):
-    """The given rows of the batch of a step, as numpy arrays: see make_batch()."""
+    """The given rows of the batch of a step: see make_batch()."""
     rngs = [np.random.default_rng((run.settings.seed, step, row)) for row in row_ids]
     starts = [rng.integers(len(run.train) - run.config.block_size) for rng in rngs]
     return make_batch(run, run.train, starts, rngs)
@@ -150,16 +143,11 @@ def batch_share(settings):
     return share, min(settings.micro_batch_size or share, share)
 
 
-def to_device(run, batch):
-    """(idx, targets, masked_positions) as tensors on the device."""
-    return [None if array is None else torch.from_numpy(array).to(run.device) for array in batch]
-
-
 def micro_batches(run, step):
-    """This process's share of the batch of a step: a list of (idx, targets, masked_positions) on the device."""
+    """This process's share of the batch of a step: a list of micro batches, see make_batch()."""
     share, micro = batch_share(run.settings)
     first = RANK * share
-    return [to_device(run, train_batch(run, step, range(i, i + micro))) for i in range(first, first + share, micro)]
+    return [train_batch(run, step, range(i, i + micro)) for i in range(first, first + share, micro)]
 
 
 def lr_at(step, settings):
@@ -171,7 +159,7 @@ def lr_at(step, settings):
 
 
 def batch_loss(run, model, batch):
-    """Mean loss in nats per predicted token. batch: (idx, targets, masked_positions) on the device."""
+    """Mean loss in nats per predicted token. batch: see make_batch()."""
     idx, targets, masked_positions = batch
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
         return model(idx, targets, where=masked_positions)[1]
@@ -199,9 +187,9 @@ def train_step(run, ddp, optimizer, step, batches):
 
 def average(run, values):
     """Mean over all processes -> list of floats."""
-    values = torch.tensor([float(x) for x in values], dtype=torch.float64)
+    device = run.device if WORLD > 1 else 'cpu'  # mps does not have float64
+    values = torch.tensor([float(x) for x in values], dtype=torch.float64, device=device)
     if WORLD > 1:
-        values = values.to(run.device)
         dist.all_reduce(values)
     return (values / WORLD).tolist()
 
@@ -215,7 +203,7 @@ def evaluate(run, model):
     total = count = 0.0  # sum of losses, number of predictions
     model.eval()
     for first in range(RANK * micro, n, WORLD * micro):
-        batch = to_device(run, val_batch(run, range(first, min(first + micro, n)), n))
+        batch = val_batch(run, range(first, min(first + micro, n)), n)
         total += batch_loss(run, model, batch).item() * batch[1].numel()
         count += batch[1].numel()
     model.train()
@@ -232,23 +220,21 @@ def training_loop(run, model, ddp, optimizer):
     settings = run.settings
     first = run.step
     signals = []
-    handle_signals(signals)  # the loop looks at them between steps
+    handle_signals(signals)  # the loop looks at them after each step
     timed_from = first, time.time()
     batches = micro_batches(run, first)
-    stop = False
     while True:
         step = run.step
         # The first checkpoint and validation come before the first step: a full disk or too little memory for a
         # validation then ends the run at once and not after an hour. It also logs the loss of the untrained model.
         save_due = settings.checkpoint_interval and step % settings.checkpoint_interval == 0
-        if stop or save_due or validation_due(settings, step):
+        if save_due or validation_due(settings, step):
             save(run, model, optimizer, 'ckpt_last.pt')  # before validation: if that fails, no step is lost
-        if stop:
-            return 128 + (signals[0] if signals else signal.SIGTERM)
         if validation_due(settings, step):
             validate(run, model, optimizer)
             timed_from = step, time.time()  # validation does not count as training time
         if step >= settings.max_iters:
+            save(run, model, optimizer, 'ckpt_last.pt')  # with the best loss: the run may be continued
             return 0
 
         loss, norm = train_step(run, ddp, optimizer, step, batches)
@@ -256,6 +242,8 @@ def training_loop(run, model, ddp, optimizer):
         batches = micro_batches(run, run.step)  # prepared while a GPU is still busy with this step
         loss, norm, stop = average(run, (loss, norm, bool(signals)))  # all processes stop when one gets a signal
         if not math.isfinite(loss + norm):
+            if RANK > 0:
+                sys.exit(1)  # process 0 prints the line below
             die(f'loss {loss}, gradient norm {norm} at step {run.step}; {run.out / "ckpt_last.pt"} is the last '
                 'good checkpoint. Try a lower --learning_rate, a longer --warmup_iters or --grad_clip', 1)
         run.losses.append(loss)
@@ -264,6 +252,9 @@ def training_loop(run, model, ddp, optimizer):
             log_step(run, norm, timed_from)
         if log_due or step == first:  # the first step is not timed: it includes compilation
             timed_from = run.step, time.time()
+        if stop:
+            save(run, model, optimizer, 'ckpt_last.pt')
+            return 128 + (signals[0] if signals else signal.SIGTERM)
 
 
 def log_step(run, norm, timed_from):
@@ -282,11 +273,10 @@ def log_step(run, norm, timed_from):
 
 def validate(run, model, optimizer):
     """Print and log the validation loss; save ckpt_best.pt if it is the lowest so far. A new metric: see log_step()."""
-    step, end = run.step, run.settings.max_iters
     loss = evaluate(run, model)
-    best = loss < run.best and (step > 0 or end == 0)  # an untrained model is not the best
-    print0(f'step {step:5d}/{end}  val loss {describe(run, loss)}{"  (best)" if best else ""}')
-    log(run, step=step, val_loss=loss, bits_per_byte=bits_per_byte(run, loss))
+    best = loss < run.best and (run.step > 0 or run.settings.max_iters == 0)  # an untrained model is not the best
+    print0(f'step {run.step:5d}/{run.settings.max_iters}  val loss {describe(run, loss)}{"  (best)" if best else ""}')
+    log(run, step=run.step, val_loss=loss, bits_per_byte=bits_per_byte(run, loss))
     if best:
         run.best = loss
         save(run, model, optimizer, 'ckpt_best.pt')
@@ -302,7 +292,7 @@ def describe(run, loss):
             f'{bits_per_byte(run, loss):.4f} bits per byte, perplexity {math.exp(min(loss, 99)):.2f}')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -- files, devices, processes and the command line -------------------------------------------------------------------
 FILES = ('config.json', 'log.csv', 'loss.png', 'ckpt_last.pt', 'ckpt_best.pt')
 
 
@@ -318,16 +308,11 @@ def one_line(error):
     return ' '.join(str(error).split())[:200]
 
 
-def open_folder(settings, flags):
-    """Create and lock the folder of a run -> its path, and the lock. Refuses a folder that holds another run."""
-    for n in itertools.count(1):
-        out = Path(flags.out_dir or 'out/' + RUN_NAME.format(**vars(settings)) + f'-{n}' * (n > 1))
-        try:
-            out.mkdir(parents=True, exist_ok=flags.out_dir is not None)
-            break
-        except FileExistsError:  # without --out_dir the next number is tried
-            if flags.out_dir:
-                die(f'--out_dir {out} is a file; it must be a folder, or the name of a new folder')
+def open_folder(out, flags):
+    """Create and lock the folder of a run -> the lock. Refuses a folder that holds another run."""
+    if out.is_file():
+        die(f'--out_dir {out} is a file; it must be a folder')
+    out.mkdir(parents=True, exist_ok=True)
     lock = open(out / '.lock', 'w')
     try:
         import fcntl
@@ -341,7 +326,7 @@ def open_folder(settings, flags):
             (out / file).unlink(missing_ok=True)
     elif not flags.resume and any((out / file).exists() for file in FILES):
         die(f'{out} holds a run: add --resume to continue it, --overwrite to delete it, or choose another --out_dir')
-    return out, lock
+    return lock
 
 
 def save(run, model, optimizer, name):
@@ -349,9 +334,7 @@ def save(run, model, optimizer, name):
     if RANK == 0:
         values = dict(step=run.step, best=run.best, losses=run.losses, meta=run.meta, settings=vars(run.settings),
                       config=vars(run.config), model=model.state_dict(), optimizer=optimizer.state_dict())
-        buffer = io.BytesIO()  # torch.save into the file itself would hide that a disk is full
-        torch.save(values, buffer)
-        atomic_write(run.out / name, lambda f: f.write(buffer.getbuffer()))
+        atomic_write(run.out / name, lambda f: torch.save(values, f))
 
 
 def load_checkpoint(path):
@@ -376,32 +359,23 @@ def restore(run, checkpoint, model, optimizer):
             if name in ('objective', 'tokenizer', *vars(run.config)):
                 die(f'cannot change {name}: it is {old[name]} in {run.out}, not {new[name]}')
             print0(f'changed on resume: {name} {old[name]} -> {new[name]}')
-        for group, present in zip(checkpoint['optimizer']['param_groups'], optimizer.state_dict()['param_groups']):
-            group.update(present, params=group['params'])  # the betas and weight decay of this run
         model.load_state_dict(checkpoint['model'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        run.step, run.losses = checkpoint['step'], checkpoint['losses']
+        groups = optimizer.state_dict()['param_groups']  # the betas and weight decay of this run
+        optimizer.load_state_dict(dict(checkpoint['optimizer'], param_groups=groups))
+        run.step, run.losses, run.best = checkpoint['step'], checkpoint['losses'], checkpoint['best']
+        same = checkpoint['meta']['sha256'] == run.meta['sha256'] and all(
+            old[name] == new[name] for name in ('eval_tokens', 'mask_prob'))
+        if not same and run.best < math.inf:
+            print0(f'other data, eval_tokens or mask_prob: the best loss before, {run.best:.4f}, does not count')
+            run.best = math.inf
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
         die(f'the checkpoint in {run.out} does not fit model_{run.settings.model}.py as it is now: {one_line(e)}')
 
 
-def best_loss(run):
-    """The loss of ckpt_best.pt; infinity if there is none, or if it was measured on other data or in another way."""
-    if not (run.out / 'ckpt_best.pt').exists():
-        return math.inf
-    old = load_checkpoint(run.out / 'ckpt_best.pt')
-    same = [old['settings'].get(name) == getattr(run.settings, name) for name in ('eval_tokens', 'mask_prob')]
-    if all(same) and old['meta'].get('sha256') == run.meta['sha256']:
-        return old['best']
-    print0(f'the data, eval_tokens or mask_prob have changed: the best loss, {old["best"]:.4f}, starts anew')
-    return math.inf
-
-
 def start_log(run):
-    """Read log.csv up to the step of the checkpoint, without a validation at it if the loop will repeat that."""
-    path = run.out / 'log.csv'
-    if path.exists():
-        with open(path, newline='', encoding='utf-8') as f:
+    """Read log.csv up to run.step. A validation at that step is left out if the loop will repeat it."""
+    if (run.out / 'log.csv').exists():
+        with open(run.out / 'log.csv', newline='', encoding='utf-8') as f:
             rows = [row for row in csv.DictReader(f) if int(row['step']) <= run.step]
         repeated = validation_due(run.settings, run.step)
         run.log = [row for row in rows if not (repeated and row.get('val_loss') and int(row['step']) == run.step)]
@@ -431,25 +405,22 @@ def plot(run):
 
 
 def handle_signals(signals=None):
-    """Append the signals that come to a list, or without a list exit at once, which removes unfinished files."""
-    hangup = getattr(signal, 'SIGHUP', None)  # Windows does not have it
-
+    """Append each signal to the list. Without a list, exit at once; temporary files are removed."""
     def on_signal(number, _):
         if signals is None:
             sys.exit(128 + number)
-        # A second signal exits at once; but a closing terminal can send two hangups, and torchrun repeats a Ctrl-C.
-        if signals and number != hangup and WORLD == 1:
-            os._exit(128 + number)
         signals.append(number)
-    for number in (signal.SIGINT, signal.SIGTERM, hangup):
+    for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+        number = getattr(signal, name, None)  # Windows does not have SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, on_signal)
 
 
 def choose_device(settings):
     """-> torch.device, dtype of matmuls, whether to compile. Prints each choice."""
-    cuda = torch.cuda.is_available()
-    best = f'cuda:{LOCAL_RANK}' if cuda else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    best = 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if torch.cuda.is_available():
+        best = f'cuda:{LOCAL_RANK}'
     try:
         device = torch.device(best if settings.device in ('auto', best.split(':')[0]) else settings.device)
         torch.zeros(1, device=device).item()
@@ -458,19 +429,15 @@ def choose_device(settings):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32
-    bf16 = settings.dtype == 'bfloat16' or (settings.dtype == 'auto' and multiplies_bf16(device))
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # from Ampere on
+    else:  # x86 only: bfloat16 on Arm and mps has not been measured
+        bf16 = any(torch.cpu.get_capabilities().get(name) for name in ('avx512_bf16', 'amx_bf16'))
+    bf16 = settings.dtype == 'bfloat16' or (settings.dtype == 'auto' and bf16)
     triton = device.type == 'cuda' and importlib.util.find_spec('triton') is not None
     compiled = settings.compile == 'on' or (settings.compile == 'auto' and triton)
     print0(f'device {device} x {WORLD} ({torch.get_num_threads()} CPU threads), {"bfloat16" if bf16 else "float32"}, '
            f'compile {"on" if compiled else "off"}')
     return device, torch.bfloat16 if bf16 else torch.float32, compiled
-
-
-def multiplies_bf16(device):
-    """Whether the hardware multiplies bfloat16: CUDA from Ampere on, x86 with AVX512-BF16 or AMX. Arm: not measured."""
-    if device.type == 'cuda':
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == 'cpu' and any(torch.cpu.get_capabilities().get(x) for x in ('avx512_bf16', 'amx_bf16'))
 
 
 def make_parser(**kw):
@@ -479,10 +446,11 @@ def make_parser(**kw):
     parser.error = lambda message: die(f'{message} (see python train.py --help)')
     parser.add_argument('--preset', choices=list(PRESETS), default='tiny', help='a set of values (default tiny)')
     parser.add_argument('--config', metavar='FILE', help='settings that an earlier run wrote (its config.json)')
-    parser.add_argument('--out_dir', help='default out/<model>-<objective>-<dataset>, with -2, -3, ... if it exists')
-    parser.add_argument('--resume', action='store_true', help='continue --out_dir, or the newest run of its kind')
-    parser.add_argument('--overwrite', action='store_true', help='delete the run in --out_dir')
-    parser.add_argument('--eval_only', action='store_true', help='print the best loss of --out_dir, or of the newest')
+    parser.add_argument('--out_dir', help='folder of the run (default out/<model>-<objective>-<dataset>)')
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument('--resume', action='store_true', help='continue the run in --out_dir')
+    group.add_argument('--overwrite', action='store_true', help='delete the run in --out_dir and start anew')
+    group.add_argument('--eval_only', action='store_true', help='print the best validation loss of the run')
     return parser
 
 
@@ -517,56 +485,37 @@ def read_config(path):
         die(f'{path} cannot be read; it must hold a JSON object of settings: {one_line(e)}')
 
 
-def as_flags(values):
-    """A dict of settings as command-line flags, so that the parser checks them, too."""
-    return [f'--no-{k}' if v is False else f'--{k}' if v is True else f'--{k}={v}' for k, v in values.items()]
-
-
-def find_run(flags, name):
-    """The folder to resume: --out_dir, else the one of out/<name>, out/<name>-2, ... with the newest checkpoint."""
-    runs = [path for path in Path('out').glob('*/ckpt_last.pt')
-            if re.fullmatch(rf'{re.escape(name)}(-\d+)?', path.parent.name)]
-    newest = max(runs, key=os.path.getmtime).parent if runs else Path('out', name)
-    out_dir = Path(flags.out_dir or newest)
-    if not (out_dir / 'ckpt_last.pt').exists():
-        if flags.eval_only:
-            die(f'--eval_only found no checkpoint in {out_dir}: name a run with --out_dir')
-        print0(f'note: --resume found no checkpoint in {out_dir}: this is a new run from step 0')
-    return str(out_dir)
-
-
 def resolve(argv):
     """Command line -> Settings, the model file, its Config, and all flags as argparse returns them."""
-    # 1. Which preset, file or run do the flags change (`base`), and which model is it?
+    # 1. Which preset, file or run do the flags change? Its values are `base`. Which model is it?
     parser = make_parser(add_help=False)
     for name in ('model', 'objective', 'dataset'):
         parser.add_argument(f'--{name}', default=argparse.SUPPRESS)
     asked = parser.parse_known_args(argv)[0]
-    if asked.overwrite and (asked.resume or asked.eval_only or not asked.out_dir):
-        die('--overwrite needs --out_dir, and excludes --resume and --eval_only')
     base = dict(PRESETS[asked.preset], **(read_config(asked.config) if asked.config else {}))
     base.pop('vocab_size', None)  # the data determines it
     chosen = {**vars(Settings()), **base, **vars(asked)}
+    asked.out_dir = asked.out_dir or 'out/{model}-{objective}-{dataset}'.format(**chosen)
     if asked.resume or asked.eval_only:
-        asked.out_dir = find_run(asked, RUN_NAME.format(**chosen))
-        path = Path(asked.out_dir, 'config.json')
-        if path.exists():
-            base = read_config(path)
-            chosen = {**vars(Settings()), **base, **vars(asked)}
-            if chosen['model'] != base.get('model'):
-                die(f'cannot change model: it is {base.get("model")} in {path}, not {chosen["model"]}')
+        if not Path(asked.out_dir, 'ckpt_last.pt').exists():
+            die(f'{asked.out_dir} has no checkpoint: --resume and --eval_only need the --out_dir of a run')
+        base = read_config(Path(asked.out_dir, 'config.json'))
+        chosen = {**vars(Settings()), **base, **vars(asked)}
+        if chosen['model'] != base.get('model'):
+            die(f'cannot change model: it is {base.get("model")} in {asked.out_dir}, not {chosen["model"]}')
 
     # 2. The defaults of that model.
     module = load_model_file(chosen['model'])
     parser = make_parser(description=__doc__)
     add_fields(parser, Settings)
     add_fields(parser, module.Config)
-    parser.set_defaults(vocab_size=0, causal=chosen['objective'] == 'causal')  # 0: what the data needs
+    parser.set_defaults(vocab_size=0, causal=chosen['objective'] == 'causal')  # vocab_size 0: as the data needs
     if chosen['objective'] != base.get('objective', chosen['objective']):
         base.pop('causal', None)  # the objective determines it
 
-    # 3. One strict parse.
-    flags = parser.parse_args([*as_flags(base), *argv])
+    # 3. One strict parse: what a preset or file holds is checked like a flag.
+    words = [f'--no-{k}' if v is False else f'--{k}' if v is True else f'--{k}={v}' for k, v in base.items()]
+    flags = parser.parse_args([*words, *argv])
     vars(flags).update(vars(asked))  # out_dir, resume, ... are not settings: a file does not decide them
     check_values(flags)
     settings, config = [cls(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(cls)})
@@ -633,14 +582,13 @@ def main():
     handle_signals()
     settings, module, config, flags = resolve(sys.argv[1:])
     device, dtype, compiled = choose_device(settings)
-    run = Run(settings, config, device, dtype)
+    run = Run(settings, config, device, dtype, out=Path(flags.out_dir))
     load_data(run)
     if WORLD > 1:
         cuda = device.type == 'cuda'
         dist.init_process_group('nccl' if cuda else 'gloo', device_id=device if cuda else None)
     model, ddp, optimizer = build(run, module, compiled)
     if flags.eval_only:
-        run.out = Path(flags.out_dir)
         name = 'ckpt_best.pt' if (run.out / 'ckpt_best.pt').exists() else 'ckpt_last.pt'
         restore(run, load_checkpoint(run.out / name), model, optimizer)
         print0(f'{run.out}, step {run.step}, {settings.dataset}: val loss {describe(run, evaluate(run, model))}')
@@ -652,25 +600,17 @@ def main():
 
 
 def train(run, flags, model, ddp, optimizer):
-    """The whole run: from the checkpoint, if there is one, to loss.png."""
-    shared = [None, None]  # folder, and whether it holds a checkpoint to resume: process 0 decides
-    if RANK == 0:
-        run.out, lock = open_folder(run.settings, flags)  # it is locked as long as `lock` exists
-        shared = [run.out, flags.resume and (run.out / 'ckpt_last.pt').exists()]
-    if WORLD > 1:
-        dist.broadcast_object_list(shared)
-    run.out, resume = shared
-    if resume:
+    """The whole run, from the checkpoint of --resume to loss.png."""
+    lock = open_folder(run.out, flags) if RANK == 0 else None  # the folder is locked as long as `lock` exists
+    if flags.resume:
         restore(run, load_checkpoint(run.out / 'ckpt_last.pt'), model, optimizer)
-        run.best = best_loss(run)
-    start_log(run)
     if RANK == 0:
+        start_log(run)
         values = json.dumps({**vars(run.settings), **vars(run.config)}, indent=1)
         atomic_write(run.out / 'config.json', lambda f: f.write(f'{values}\n'.encode()))
     n_params = sum(p.numel() for p in model.parameters())
     print0(f'{len(run.train):,} training tokens, {n_params:,} parameters, run {run.out}')
     exit_code = training_loop(run, model, ddp, optimizer)
-    handle_signals()
     out = shlex.quote(str(run.out))
     if exit_code:
         if WORLD > 1:

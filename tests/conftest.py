@@ -30,8 +30,8 @@ TINY = ('--n_layer 2 --n_embd 32 --n_head 2 --block_size 32 --batch_size 8 --eva
 class Run:
     """Runs scripts of the repository in a folder; what the last one printed is in .out and .err.
 
-    run('train.py', ...) runs the script in this process, which saves the import of torch; run.process(...) starts a
-    process, and run.start(...) leaves it running, at most until the test ends.
+    run('train.py', ...) runs it in this process, which saves the import of torch. run.process(...) starts a process and
+    waits for it; run.start(...) does not wait. It is killed when the test ends.
     """
 
     def __init__(self, folder):
@@ -41,12 +41,14 @@ class Run:
     def __call__(self, *words, code=0, **env):
         script, *arguments = [str(w) for w in words]
         self.out, self.err, found = run_here(REPO / script, arguments, self.folder, env)
-        return self.check(found, code, words)
+        assert found == code, f'exit {found}, not {code}: {words}\n{self.out[-3000:]}\n{self.err[-3000:]}'
+        return self
 
     def process(self, *words, code=0, **env):
         process = self.start(*words, **env)
         self.out, self.err = process.communicate(timeout=300)
-        return self.check(process.returncode, code, words)
+        assert process.returncode == code, f'exit {process.returncode}: {words}\n{self.err[-3000:]}'
+        return self
 
     def start(self, *words, **env):
         words = [str(w) for w in words]
@@ -61,29 +63,23 @@ class Run:
         self.started.append(subprocess.Popen([*launcher, *words], cwd=self.folder, env=env, encoding='utf-8', **pipes))
         return self.started[-1]
 
-    def check(self, found, code, words):
-        assert found == code, f'exit {found}, not {code}: {words}\n{self.out[-3000:]}\n{self.err[-3000:]}'
-        return self
-
 
 def run_here(script, arguments, folder, env):
     """Run a script in this process -> its stdout, its stderr, its exit code. Everything else stays as it was."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8') for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    path = sys.path[:]
     code = 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(folder)
         patch.setattr(sys, 'argv', [str(script), *arguments])
         for name, value in env.items():
             patch.setenv(name, value)
-        sys.path.insert(0, str(script.parent))
+        patch.syspath_prepend(str(script.parent))
         try:
             runpy.run_path(str(script), run_name='__main__')
         except SystemExit as stop:
             code = stop.code or 0
         finally:
-            sys.path[:] = path
             sys.modules.pop('model_mine', None)  # a test's own scheme
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -124,14 +120,14 @@ def trained(tmp_path_factory, data_dir):
 
 @pytest.fixture(autouse=True)
 def time_limit():
-    """No test waits for ever, whatever it waits for. (Windows does not have this signal.)"""
+    """No test waits for ever, whatever it waits for."""
     def fail(*_):
         raise TimeoutError('this test took five minutes')
-    if hasattr(signal, 'SIGALRM'):
+    with contextlib.suppress(AttributeError):  # Windows does not have this signal
         signal.signal(signal.SIGALRM, fail)
         signal.alarm(300)
     yield
-    if hasattr(signal, 'SIGALRM'):
+    with contextlib.suppress(AttributeError):
         signal.alarm(0)
 
 

@@ -3,7 +3,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import sys
 
 import pytest
 import torch
@@ -23,10 +22,8 @@ bounded = settings(max_examples=60, derandomize=True, deadline=None, database=No
 FIELDS = [field.name for field in dataclasses.fields(script.Settings) + dataclasses.fields(model_composite.Config)]
 OTHERS = ['preset', 'config', 'out_dir', 'resume', 'overwrite', 'eval_only', 'no-causal', 'help', '']
 FLAGS = [f'--{name}' for name in FIELDS + OTHERS] + ['-h', '-x', '=', '-']
-WORDS = st.one_of(
-    st.sampled_from(['', '0', '-1', '1', 'nan', 'inf', '1e400', '9' * 400, '٣', '\udcff', '../x', '.', '/', 'a' * 300,
-                     'on', 'auto', 'causal', 'masked', 'nope', 'small', 'cpu']),
-    st.integers().map(str), st.floats().map(str), st.text(st.characters(exclude_characters='\0'), max_size=6))
+WORDS = st.text(st.characters(exclude_characters='\0'), max_size=6) | st.sampled_from(
+    ['', '0', '-1', '1', 'nan', 'inf', '1e400', '9' * 400, '٣', '\udcff', '../x', '.', 'a' * 300, 'masked', 'nope'])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=5)
@@ -35,14 +32,13 @@ JSON = st.recursive(
 def refused(function, *words):
     """Call it -> the one line of its refusal, or None. Any other exception fails the test."""
     err = io.StringIO()
-    out = io.TextIOWrapper(io.BytesIO(), 'utf-8', errors='backslashreplace')  # as train.py sets it
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
             function(*words)
         return None
     except SystemExit as stop:
         lines = err.getvalue().split('\n')[:-1]
-        assert stop.code in (None, 0, 1, 2) and len(lines) == (stop.code in (1, 2)), lines
+        assert stop.code in (None, 0, 2) and len(lines) == (stop.code == 2), lines
         assert not lines or len(lines[0].split()) > 2, 'a sentence'
         return lines[0] if lines else None
     except OSError as e:  # the last lines of train.py print it in one line, too
@@ -50,15 +46,12 @@ def refused(function, *words):
 
 
 @bounded
-@given(st.lists(st.one_of(st.sampled_from(FLAGS), WORDS, st.builds('{}={}'.format, st.sampled_from(FLAGS), WORDS)),
-                max_size=6))
-@example(['--model', 'a' * 300])
+@given(st.lists(st.sampled_from(FLAGS) | WORDS | st.builds('{}={}'.format, st.sampled_from(FLAGS), WORDS), max_size=6))
 @example(['--out_dir', '\udcff', '--resume'])
 @example(['--model', '../model_nope'])
-def test_command_lines(tmp_path_factory, words):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.getbasetemp())
-        refused(script.resolve, words)
+def test_command_lines(monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    refused(script.resolve, words)
 
 
 @bounded
@@ -66,26 +59,22 @@ def test_command_lines(tmp_path_factory, words):
        st.sampled_from(['', '--model=nope', '--objective=masked']))
 @example({'model': ['a']}, '--model=nope')
 @example({'': True}, '')
-def test_config_files(tmp_path_factory, values, word):
-    folder = tmp_path_factory.getbasetemp()
-    (folder / 'c.json').write_text(json.dumps(values), encoding='utf-8')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        refused(script.resolve, ['--config', 'c.json', *word.split()])
+def test_config_files(tmp_path, values, word):
+    (tmp_path / 'c.json').write_text(json.dumps(values), encoding='utf-8')
+    refused(script.resolve, ['--config', str(tmp_path / 'c.json'), *word.split()])
 
 
 @bounded
 @given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
 @example(b'[' * 100000)
 @example(b'\xff\xfe')
-def test_files_of_any_bytes(tmp_path_factory, content):
+def test_files_of_any_bytes(tmp_path, content):
     """As config.json, as meta.json and as a checkpoint."""
-    folder = tmp_path_factory.mktemp('any')
     for name in ('meta.json', 'ckpt_last.pt'):
-        (folder / name).write_bytes(content)
-    assert 'damaged' in refused(prepare_data.load, folder)
-    assert 'damaged' in refused(script.load_checkpoint, folder / 'ckpt_last.pt')
-    refused(script.read_config, folder / 'meta.json')
+        (tmp_path / name).write_bytes(content)
+    assert 'damaged' in refused(prepare_data.load, tmp_path)
+    assert 'damaged' in refused(script.load_checkpoint, tmp_path / 'ckpt_last.pt')
+    refused(script.read_config, tmp_path / 'meta.json')
 
 
 def build(folder, block_size=4):
@@ -102,14 +91,8 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp('small')
     (folder / 'text.txt').write_bytes(bytes(range(32, 132)) * 2)
     prepare_data.prepare('text', tokenizer='bytes', path=folder / 'text.txt', data_dir=folder)
-    run, model, optimizer = build(folder)
-    script.save(run, model, optimizer, 'good.pt')
+    script.save(*build(folder), 'good.pt')
     return folder
-
-
-def resume(folder):
-    run, model, optimizer = build(folder)
-    script.restore(run, script.load_checkpoint(folder / 'ckpt_last.pt'), model, optimizer)
 
 
 def test_a_sequence_and_its_targets_fit_into_the_validation_data(small):
@@ -125,7 +108,9 @@ def test_checkpoints_with_wrong_bytes(small, place, content):
     start = int(place * len(good))
     bad = good[:start] + content + good[start + len(content):]
     (small / 'ckpt_last.pt').write_bytes(bad)
-    if refused(resume, small) is None:
-        wrong, right = (torch.load(io.BytesIO(x), weights_only=True)['model'] for x in (bad, good))
-        assert all(torch.equal(wrong[name], right[name]) for name in right)
+    run, model, optimizer = build(small)
+    right = {name: x.clone() for name, x in model.state_dict().items()}
+    model.load_state_dict({name: x + 1 for name, x in right.items()})
+    if refused(lambda: script.restore(run, script.load_checkpoint(small / 'ckpt_last.pt'), model, optimizer)) is None:
+        assert all(torch.equal(x, right[name]) for name, x in model.state_dict().items())
     refused(sample.load_run, small)

@@ -196,7 +196,8 @@ def test_another_checkpoint_is_refused(run, tmp_path, tensors, config, message):
 def test_take_positions_away(tmp_path, data_dir, trained, monkeypatch, capsys):
     """Step 0 of the control is the base; of another scheme it is the base without wpe. Other settings are refused."""
     def start(out, words, jobs):
-        _, err, code = run_here(REPO / 'train.py', [*words, '--out_dir', str(out), '--resume'], tmp_path, {})
+        how = '--resume' if (out / 'ckpt_last.pt').exists() else '--overwrite'
+        _, err, code = run_here(REPO / 'train.py', [*words, '--out_dir', str(out), how], tmp_path, {})
         assert code == 0, err
         return ended()
     monkeypatch.setattr(lib, 'start', start)

@@ -11,19 +11,21 @@ import pytest
 import torch
 
 import finetune_glue
+import model_nope
 import sample
 from conftest import MODELS
 
-# the folders have names of their own: other tests train the default ones, with other flags
-CAUSAL, MASKED, LONG, ABSOLUTE = [f'--out_dir=out/sample-{name}' for name in ('causal', 'masked', 'long', 'absolute')]
+# other tests train the first two, too; the others have names of their own, because their flags differ
+CAUSAL, MASKED = '--out_dir=out/composite-causal-code', '--out_dir=out/composite-masked-code'
+LONG, ABSOLUTE = '--out_dir=out/absolute-causal', '--out_dir=out/absolute-masked'
 DRAW = [CAUSAL, '--max_new_tokens', 100, '--prompt', 'def grüße(']
 
 
 @pytest.fixture
 def main(trained, monkeypatch, capsys):
     """main('--prompt', ...) -> stdout and stderr of sample.py in this process, in a folder with short runs."""
-    trained('composite', 'causal', CAUSAL)
-    trained('composite', 'masked', MASKED)
+    trained('composite', 'causal')
+    trained('composite', 'masked')
     trained('nope', 'causal', '--absolute', LONG)
     monkeypatch.chdir(trained('nope', 'masked', '--absolute', ABSOLUTE).folder)
 
@@ -40,7 +42,7 @@ def main(trained, monkeypatch, capsys):
 def test_options_of_drawing(main, monkeypatch):
     text, err = main(*DRAW)
     assert text.startswith('def grüße(') and 60 < len(text) <= 111
-    assert re.fullmatch(r'out/sample-causal/ckpt_best.pt: step \d+, best validation loss so far \d\.\d+\n', err)
+    assert re.fullmatch(r'out/composite-causal-code/ckpt_best.pt: step \d+, best validation loss so far \d\.\d+\n', err)
     first, second = main(*DRAW, '--num_samples', 2).out.split('-' * 40 + '\n')
     assert first == text != second == main(*DRAW, '--seed', 2).out
     greedy = main(*DRAW, '--temperature', 0).out
@@ -88,12 +90,16 @@ class Likes:
 
 
 def test_only_ordinary_ids_are_drawn_and_filled_in():
-    """Never [MASK], nor a row that only pads the embedding."""
+    """Never [MASK], nor a row that only pads the embedding; each [MASK] has its own answer."""
     new_ids = sample.continuation(Likes(), [1, 2], 256, 0, 0, 0, torch.Generator())
     assert [next(new_ids) for _ in range(3)] == [255] * 3
     (guesses,) = sample.fill(Likes(), [1, 256, 2], 256, 256, top=2)
     assert [i for i, _ in guesses] == [255, 254]
     assert abs(guesses[0][1] - torch.arange(256.0).softmax(-1)[255].item()) < 1e-6
+    model = model_nope.Model(model_nope.Config(vocab_size=320, n_layer=1, causal=False, absolute=True)).eval()
+    ids = [100, 256, 102, 256]
+    best = model(torch.tensor([ids]))[0][0, :, :256].argmax(-1)
+    assert [guesses[0][0] for guesses in sample.fill(model, ids, 256, 256)] == [best[1], best[3]] and best[1] != best[3]
 
 
 def test_the_end_of_a_document(capsys):
@@ -153,7 +159,7 @@ def test_which_checkpoint(main, capsys):
     model, checkpoint = sample.load_run()
     assert checkpoint['settings'] == sample.load_run(newest, 'best')[1]['settings']
     Path('early').mkdir()
-    shutil.copy('out/sample-causal/ckpt_last.pt', 'early')
+    shutil.copy('out/composite-causal-code/ckpt_last.pt', 'early')
     capsys.readouterr()
     assert main('--out_dir=early', '--max_new_tokens', 3).err.startswith('early/ckpt_last.pt: step 60')
     assert 'early/ckpt_best.pt' in main('--out_dir=early', '--ckpt=best', code=2).err
@@ -183,6 +189,4 @@ def test_refused(main, monkeypatch, tmp_path):
 
 def test_an_empty_sentence_can_be_classified():
     """finetune_glue.py: it is read as a newline, because a model needs at least one token."""
-    encode, _ = sample.tokenizer('bytes')
-    assert finetune_glue.tokens((0, ' '), encode, 8).tolist() == [10]
-    assert finetune_glue.tokens((0, '', 'b'), encode, 8).tolist() == [10, 10, 98]
+    assert finetune_glue.tokens((0, ' '), sample.tokenizer('bytes')[0], 8).tolist() == [10]

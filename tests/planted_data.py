@@ -24,7 +24,7 @@ PLANTED = [
     ('prepare_data.py', 'fcntl.flock(lock, fcntl.LOCK_EX)', 'pass',
      f'{DATA}::test_one_process_at_a_time_and_nothing_half_made'),
     ('prepare_data.py', "(temporary / 'old').rename(folder)\n", 'pass\n',
-     f'{DATA}::test_interrupted_while_swapping'),
+     f'{DATA}::test_killed_while_swapping'),
     ('prepare_data.py', "hashlib.sha256(ids[part]).hexdigest() != meta['sha256'][part]",
      "len(ids[part]) != meta[f'{part}_tokens']", f'{DATA}::test_what_is_there_is_kept_or_refused'),
     ('prepare_data.py', 'os.replace(temporary, path)', 'shutil.copy(temporary, path)',

@@ -187,16 +187,16 @@ def test_what_is_no_text(refused):
     """Archives, UTF-16 and pictures are refused, unless bytes are asked for: then all come through."""
     put('utf16', TEXT.encode('utf-16'))
     put('plain16.txt', 'no mark, ascii only'.encode('utf-16-le') * 9)
-    for name in ('any.txt', 'two/1.txt', 'two/2.txt'):
-        put(name, bytes(range(256)) * 40)
-    with tarfile.open('a.tar.gz', 'w:gz') as tar:
-        tar.add('any.txt')
-    for name in ('utf16', 'plain16.txt', 'any.txt', 'a.tar.gz'):
+    put('two/any.txt', bytes(range(256)) * 40)
+    with tarfile.open('two/a.tar.gz', 'w:gz') as tar:
+        tar.add('two/any.txt')
+    for name in ('utf16', 'plain16.txt', 'two/any.txt', 'two/a.tar.gz'):
         for tokenizer in (None, 'gpt2'):
             line = refused(prepare, 'd', tokenizer, name)
             assert all(part in line for part in (name, 'not UTF-8', 'archive', 'iconv', '--tokenizer bytes'))
-        prepare(name, 'bytes', name)
-        assert joined(name) == (gzip.open if name.endswith('gz') else open)(name, 'rb').read()
+        prepare('d', 'bytes', name, 'bytes')
+        assert joined('../bytes/d') == (gzip.open if name.endswith('gz') else open)(name, 'rb').read()
+        shutil.rmtree('bytes')
     assert 'byte 255' in refused(prepare, 'd', 'bytes', 'two')
 
 
@@ -235,9 +235,8 @@ def test_memory_stays_small():
 
 
 def test_advice_about_the_network_is_for_errors_of_the_network(monkeypatch, refused):
-    for error, network in ((ConnectionError('no route'), True), (requests.ConnectionError('no route'), True),
-                           (URLError('no route'), True), (PermissionError(13, 'read-only', '/home'), False),
-                           (ValueError('row 3'), False)):
+    for error, network in ((ConnectionError(), True), (requests.ConnectionError(), True), (ValueError(), False),
+                           (URLError(''), True), (PermissionError(13, 'read-only', '/home'), False)):
         for module, name in ((datasets, 'load_dataset'), (tiktoken, 'get_encoding'),
                              (prepare_data.urllib.request, 'urlopen')):
             monkeypatch.setattr(module, name, Mock(side_effect=error))
@@ -257,13 +256,10 @@ def test_one_process_at_a_time_and_nothing_half_made(run, number):
     with open('endless.txt', 'w') as pipe:
         pipe.write(TEXT * 100)
         second = run.start('prepare_data.py', '--path', 'novel.txt', '--overwrite')
-        for _ in range(200):
+        while not Path('data/.novel.tmp/new/train.bin').exists():
             time.sleep(0.05)
-            if Path('data/.novel.tmp/new/train.bin').exists():
-                break
         time.sleep(0.5)
-        assert second.poll() is None and Path('data/.novel.tmp/new/train.bin').exists()
-        assert joined('novel') == RAW, 'the old data set is in its place'
+        assert second.poll() is None and joined('novel') == RAW, 'the old data set is in its place'
         put('novel.txt', RAW * 2)
         first.send_signal(number)
         _, err = first.communicate(timeout=30)
@@ -272,23 +268,18 @@ def test_one_process_at_a_time_and_nothing_half_made(run, number):
     assert second.returncode == 0 and joined('novel') == RAW * 2 and not list(Path('data').glob('.*.tmp'))
 
 
-def test_interrupted_while_swapping(monkeypatch):
-    """Stopped between moving the old data set away and the new one in: the old one comes back, even after a kill."""
+def test_killed_while_swapping():
+    """Killed between moving the old data set away and the new one in: the old one comes back."""
     prepare('novel', path='novel.txt')
-    put('novel.txt', RAW * 2)
-    rename = Path.rename
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Path, 'rename', lambda self, to: sys.exit(143) if self.name == 'new' else rename(self, to))
-        prepare('novel', path='novel.txt', overwrite=True)
-    assert joined('novel') == RAW and not Path('data/.novel.tmp').exists()
-    Path('data/.novel.tmp').mkdir()
+    put('data/.novel.tmp/new/train.bin', b'')
     Path('data/novel').rename('data/.novel.tmp/old')
+    put('novel.txt', RAW * 2)
     prepare('novel', path='novel.txt')
     assert joined('novel') == RAW and not Path('data/.novel.tmp').exists()
 
 
-def test_what_is_there_is_kept_or_refused(here, refused, capsys, monkeypatch):
-    """The same path and tokenizer: nothing is done. Another one, a full disk or damage: one line, nothing lost."""
+def test_what_is_there_is_kept_or_refused(here, refused, capsys):
+    """The same path and tokenizer: nothing is done. Another one, or damage: one line, nothing lost."""
     put('other/novel.txt', RAW * 3)
     main('--path', 'novel.txt')
     put('novel.txt', RAW * 2)
@@ -298,9 +289,6 @@ def test_what_is_there_is_kept_or_refused(here, refused, capsys, monkeypatch):
     for words in (['--path', 'other/novel.txt'], ['--path', 'novel.txt', '--tokenizer', 'gpt2']):
         line = refused(main, *words)
         assert all(part in line for part in (f'{here}/novel.txt (tokenizer bytes)', '--overwrite', '--dataset'))
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare_data, 'atomic_write', Mock(side_effect=OSError(28, 'No space left on device')))
-        assert 'No space left' in refused(main, '--path', 'novel.txt', '--overwrite')
     assert joined('novel') == RAW
     for name, change in (('train.bin', lambda raw: raw[:50] + b'x' + raw[51:]), ('val.bin', lambda raw: raw[:-2]),
                          ('meta.json', lambda raw: raw.replace(b'"mask_id": 256', b'"mask_id": 255')),
@@ -340,11 +328,11 @@ def test_refused(refused):
 
 def test_die_and_atomic_write(monkeypatch, capsys):
     """Exit 2 is said once per machine, exit 1 by every process. A write replaces the old file at once or not at all."""
-    for rank, code, lines in (('0', 2, 1), ('1', 2, 0), ('1', 1, 1)):
-        monkeypatch.setenv('LOCAL_RANK', rank)
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    for code, said in ((2, ''), (1, 'prepare_data.py: two words\n')):
         with pytest.raises(SystemExit, match=str(code)):
             prepare_data.die('two\n words', code)
-        assert capsys.readouterr().err == 'prepare_data.py: two words\n' * lines
+        assert capsys.readouterr().err == said
     path = Path('novel.txt')
     for error in (RuntimeError('unexpected pos'), OSError(28, 'No space left')):
         with pytest.raises(OSError, match='novel.txt could not be written'):

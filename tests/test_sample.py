@@ -1,4 +1,5 @@
 """sample.py: the right token is drawn, generation stops where it should, and any prompt and checkpoint is handled."""
+import functools
 import importlib
 import io
 import re
@@ -22,38 +23,31 @@ DRAW = [CAUSAL, '--max_new_tokens', 100, '--prompt', 'def grüße(']
 
 
 @pytest.fixture
-def main(trained, monkeypatch, capsys):
-    """main('--prompt', ...) -> stdout and stderr of sample.py in this process, in a folder with short runs."""
-    trained('composite', 'causal')
-    trained('composite', 'masked')
-    trained('nope', 'causal', '--absolute', LONG)
-    monkeypatch.chdir(trained('nope', 'masked', '--absolute', ABSOLUTE).folder)
-
-    def call(*words, code=None):
-        monkeypatch.setattr(sys, 'argv', ['sample.py', *map(str, words)])
-        try:
-            assert sample.main() is code
-        except SystemExit as stop:
-            assert stop.code == code
-        return capsys.readouterr()
-    return call
+def main(trained):
+    """main('--prompt', ...) runs sample.py in a folder with short runs; .out and .err are what it printed."""
+    for words in (['composite', 'causal'], ['composite', 'masked'], ['nope', 'causal', '--absolute', LONG]):
+        trained(*words)
+    return functools.partial(trained('nope', 'masked', '--absolute', ABSOLUTE), 'sample.py')
 
 
 def test_options_of_drawing(main, monkeypatch):
-    text, err = main(*DRAW)
+    run = main(*DRAW)
+    text = run.out
     assert text.startswith('def grüße(') and 60 < len(text) <= 111
-    assert re.fullmatch(r'out/composite-causal-code/ckpt_best.pt: step \d+, best validation loss so far \d\.\d+\n', err)
+    assert re.fullmatch(f'{CAUSAL[10:]}/ckpt_best.pt: step \\d+, best validation loss so far \\d\\.\\d+\n', run.err)
     first, second = main(*DRAW, '--num_samples', 2).out.split('-' * 40 + '\n')
     assert first == text != second == main(*DRAW, '--seed', 2).out
     greedy = main(*DRAW, '--temperature', 0).out
     assert greedy != text and greedy == main(*DRAW, '--temperature', '1e-50', '--seed', 3).out
     assert main(*DRAW, '--top_k', 1, '--seed', 9).out == greedy
     assert len(main(LONG, '--prompt', 'x' * 100).out) > 250, 'absolute positions continue beyond their end'
-    out, err = main(*DRAW[:-1], 'a [MASK] b')
-    assert out.startswith('a [MASK] b') and len(err.splitlines()) == 2 and 'literal text' in err
-    monkeypatch.setattr(sys, 'stdout', SimpleNamespace(write=(out := io.StringIO()).write, flush=out.flush))
-    main(*DRAW)
-    assert out.getvalue() == text, "a notebook's stdout does not have reconfigure"
+    assert main(*DRAW[:-1], 'a [MASK] b').out.startswith('a [MASK] b')
+    assert len(run.err.splitlines()) == 2 and 'literal text' in run.err
+    monkeypatch.chdir(run.folder)
+    monkeypatch.setattr(sys, 'argv', ['sample.py', *map(str, DRAW)])
+    monkeypatch.setattr(sys, 'stdout', out := io.StringIO())  # as in a notebook, it does not have reconfigure
+    sample.main()
+    assert out.getvalue() == text
 
 
 def test_top_k_is_exactly_k():
@@ -151,8 +145,9 @@ def test_each_gap_shows_its_own_answers(monkeypatch, capsys):
             "[MASK] 3: 'e' 100.0%"]
 
 
-def test_which_checkpoint(main, capsys):
+def test_which_checkpoint(main, monkeypatch, capsys):
     """The newest run, its best weights, or its last ones if there is no best yet; damage is one line."""
+    monkeypatch.chdir(main.func.folder)
     Path('out/absolute-causal/ckpt_last.pt').touch()
     sample.load_run()
     assert capsys.readouterr().err.startswith('out/absolute-causal/ckpt_best.pt')
@@ -168,7 +163,7 @@ def test_which_checkpoint(main, capsys):
         assert re.fullmatch('.*(model_gone.py|early/ckpt_best.pt does not fit model_composite.py).*\n', err)
 
 
-def test_refused(main, monkeypatch, tmp_path):
+def test_refused(main, run):
     """One line on stderr, exit 2. Absolute positions end at block_size, not before."""
     assert len(main(ABSOLUTE, '--prompt', 'x' * 31 + '[MASK]').out.splitlines()) == 2
     for words, said in ((['--out_dir=nowhere'], 'nowhere/ckpt_last.pt train.py'), (['--device=tpu9'], 'tpu9 cpu'),
@@ -180,8 +175,7 @@ def test_refused(main, monkeypatch, tmp_path):
                         (['--temperature=-1'], '--temperature at least 0')):
         err = re.sub(r'\S+ckpt_\w+.pt: step.*\n', '', main(*words, code=2).err)
         assert err.startswith('sample.py: ') and err.count('\n') == 1 and all(part in err for part in said.split()), err
-    monkeypatch.chdir(tmp_path)
-    assert 'no run in out/' in main(code=2).err
+    assert 'no run in out/' in run('sample.py', code=2).err
 
 
 def test_an_empty_sentence_can_be_classified():

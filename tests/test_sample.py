@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import finetune_glue
 import model_nope
 import sample
 from conftest import MODELS
@@ -180,4 +179,5 @@ def test_refused(main, run):
 
 def test_an_empty_sentence_can_be_classified():
     """finetune_glue.py: it is read as a newline, because a model needs at least one token."""
+    import finetune_glue  # not at the top: the planted errors run in a copy without experiments/
     assert finetune_glue.tokens((0, ' '), sample.tokenizer('bytes')[0], 8).tolist() == [10]

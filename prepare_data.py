@@ -1,11 +1,11 @@
 """
-Text -> data/<name>/train.bin, val.bin (token ids, uint16), meta.json. train.py calls it if a data set is missing.
+Convert text to token ids: data/<name>/train.bin and val.bin (uint16) and meta.json. train.py calls it when needed.
 
     python prepare_data.py --path novel.txt --tokenizer gpt2     # your own file or folder -> data/novel
 
-Each document ends with eot_id: GPT-2's <|endoftext|>, or 255 for bytes, because UTF-8 text never holds it. A single
-text of bytes has none. train_bytes and val_bytes count text only. Words such as train, valid, dev and test in the names
-of files and folders say what a file is for. Test text is left out; without validation text, it is the last tenth.
+Each document ends with eot_id: GPT-2's <|endoftext|>, or byte 255, which UTF-8 text never contains. A single text file
+as bytes has no eot_id. train_bytes and val_bytes count text only. In a folder, words such as train, valid, dev and test
+in names decide how a file is used. Test text is left out; without validation text, it is the last tenth of train.
 """
 import argparse
 import contextlib
@@ -26,11 +26,11 @@ from pathlib import Path
 
 import numpy as np
 
-PIECE = 2 ** 18  # characters that are encoded at once
+PIECE = 2 ** 18  # characters to encode at once
 ENWIK8_BYTES = 90_000_000, 5_000_000, 5_000_000  # train, validation, test
 ORIGINS = {'shakespeare': 'shakespeare.txt of the repository', 'enwik8': 'http://mattmahoney.net/dc/enwik8.zip',
            'python': f'standard library of Python {sys.version.split()[0]}'}
-# downloaded with `datasets`: repository, configuration, validation split, whether a row is a document (or a line)
+# downloaded with `datasets`: repository, config, validation split, whether a row is a document (else a line)
 HUB = {'wikitext2': ('Salesforce/wikitext', 'wikitext-2-raw-v1', 'validation', False),
        'wikitext103': ('Salesforce/wikitext', 'wikitext-103-raw-v1', 'validation', False),
        'tinystories': ('roneneldan/TinyStories', None, 'validation', True),
@@ -38,7 +38,7 @@ HUB = {'wikitext2': ('Salesforce/wikitext', 'wikitext-2-raw-v1', 'validation', F
        'wikipedia': ('wikimedia/wikipedia', '20231101.en', None, True)}
 TEXT = '.txt .text .md .rst .tex .raw .tokens .py .c .h .cpp .hpp .cu .rs .go .java .js .ts .sh .jl .r .lua'.split()
 ROWS = '.jsonl', '.json', '.parquet'
-WORDS = {'test': {'test'}, 'val': {'val', 'valid', 'validation', 'dev'}, 'train': {'train', 'training'}}
+SPLIT_WORDS = {'test': {'test'}, 'val': {'val', 'valid', 'validation', 'dev'}, 'train': {'train', 'training'}}
 
 
 def die(message, code=2):
@@ -65,7 +65,7 @@ def atomic_write(path, put):
 
 @contextlib.contextmanager
 def preparing(name):
-    """Turn the errors of many libraries into one line. Advice about the network is for errors of the network only."""
+    """Turn any error into one line and exit code 2. Only network errors get advice about the network."""
     try:
         yield
     except UnicodeError as e:
@@ -78,12 +78,14 @@ def preparing(name):
 
 
 def enwik8(path):
-    """A file (plain, .gz, .xz) or, with None, the download -> sources of its first 90 and next 5 million bytes."""
+    """A file (plain, .gz, .xz), or None: the download -> sources of its first 90 and its next 5 million bytes."""
     if path is None:
         archive = urllib.request.urlopen(ORIGINS['enwik8'], timeout=60).read()
         opened = zipfile.ZipFile(io.BytesIO(archive)).open('enwik8')
+    else:
+        opened = file_type(path)[0](path, 'rb')
     n_train, n_val, n_test = ENWIK8_BYTES
-    with opened if path is None else file_type(path)[0](path, 'rb') as f:
+    with opened as f:
         parts = {'train': f.read(n_train), 'val': f.read(n_val)}
         if len(f.read(n_test + 1)) != n_test:
             die(f'{path or "the download"} does not have the {sum(ENWIK8_BYTES):,} bytes of enwik8; see --dataset')
@@ -91,43 +93,43 @@ def enwik8(path):
 
 
 def from_rows(rows, name, documents):
-    """The texts of rows, dicts with the key 'text': documents, or lines of one text. Counts rows without text."""
-    row, found, skipped = {}, 0, 0
-    for row in rows:
+    """Yield the texts of rows, dicts with a key 'text': documents, or lines of one text. Skips rows without text."""
+    row, total, skipped = {}, 0, 0
+    for total, row in enumerate(rows, 1):
         text = row.get('text')
-        if not isinstance(text, str) or documents and not text:
+        if not isinstance(text, str) or (documents and not text):
             skipped += 1
             continue
-        found += 1
-        text = text if documents else (text.removesuffix('\n') or ' ') + '\n'  # WikiText: the line ' \n' is a row ''
-        yield text.encode('utf-8', 'replace').decode(), documents  # JSON may hold half of a surrogate pair
-    if not found:
+        if not documents:
+            text = (text.removesuffix('\n') or ' ') + '\n'  # on the hub, WikiText's line ' \n' is the row ''
+        yield text.encode('utf-8', 'replace').decode(), documents  # JSON may contain half of a surrogate pair
+    if skipped == total:
         die(f"{name} has no text in a column 'text'; its columns are {', '.join(row)}")
     if skipped:
-        print(f'{name}: skipped {skipped:,} of {found + skipped:,} rows, which have no text', file=sys.stderr)
+        print(f'{name}: skipped {skipped:,} of {total:,} rows, which have no text', file=sys.stderr)
 
 
 def file_type(path):
-    """-> function that opens a file and unpacks .gz and .xz, its suffix without those, in lower case."""
+    """-> the function that opens the file (it unpacks .gz and .xz), the suffix before .gz or .xz in lower case."""
     name = Path(path.name.lower())
     unpack = {'.gz': gzip.open, '.xz': lzma.open}.get(name.suffix)
     return (unpack, name.with_suffix('').suffix) if unpack else (open, name.suffix)
 
 
 def from_text(file, documents, any_bytes):
-    """One text. any_bytes: what is not UTF-8 is kept, except the byte that ends a document."""
+    """Yield one text in pieces. any_bytes: accept invalid UTF-8, except byte 255 if it ends documents."""
     reader = io.TextIOWrapper(file, 'utf-8', 'surrogateescape' if any_bytes else 'strict', newline='')
     while text := reader.read(PIECE):
         if '\0' in text and not any_bytes:
-            raise UnicodeError('it holds the byte 0')
+            raise UnicodeError('it contains byte 0')
         if '\udcff' in text and documents:
-            raise ValueError('it holds the byte 255, which ends a document: prepare this file by itself')
+            raise ValueError('it contains byte 255, which ends a document: prepare this file by itself')
         yield text, False
     yield '', documents
 
 
 def from_file(path, documents, any_bytes):
-    """A .jsonl, .json (one object per line) or .parquet file row by row, any other file as one text."""
+    """Yield the rows of a .jsonl, .json (one object per line) or .parquet file; any other file is one text."""
     unpack, suffix = file_type(path)
     with preparing(path), unpack(path, 'rb') as f:
         if suffix == '.parquet':
@@ -141,18 +143,19 @@ def from_file(path, documents, any_bytes):
 
 
 def split_folder(root):
-    """-> {'train': files} and 'val' if there is validation text. Prints in one line what was taken for what."""
+    """-> {'train': files}, with 'val' if there is validation text. Prints which file is used for what."""
     parts = dict(train=[], val=[], test=[], other=[], unknown=[])
     for file in sorted(root.rglob('*')):
         name = file.relative_to(root).as_posix()
-        if '/.' in f'/{name}' or file.is_dir() and not file.is_symlink():  # a link to a folder is 'unknown'
+        if '/.' in f'/{name}' or (file.is_dir() and not file.is_symlink()):  # a link to a folder is 'unknown'
             continue
-        words = set(re.findall('[a-z]+', f'{name} {os.path.relpath(file.resolve(), root.resolve())}'.lower()))
-        unpack, suffix = file_type(file)
-        known = suffix in (*TEXT, '.jsonl', '.parquet') or unpack is not open and suffix in ('', '.json')
-        part = next((part for part, some in WORDS.items() if words & some), 'other')  # test before val before train
+        target = os.path.relpath(file.resolve(), root.resolve())  # differs from the name if there are links
+        words = set(re.findall('[a-z]+', f'{name} {target}'.lower()))
+        open_file, suffix = file_type(file)
+        known = suffix in (*TEXT, '.jsonl', '.parquet') or (open_file is not open and suffix in ('', '.json'))
+        part = next((part for part in SPLIT_WORDS if words & SPLIT_WORDS[part]), 'other')  # test, then val, then train
         parts[part if known and file.is_file() else 'unknown'].append(name)
-    if not (parts['train'] and (parts['val'] or parts['test'])):  # otherwise, the others may repeat held-out text
+    if not parts['train'] or not (parts['val'] or parts['test']):  # else the other files may repeat held-out text
         parts['train'] = sorted(parts['train'] + parts.pop('other'))
     said = '; '.join(f'{part}: {len(names)} files ({", ".join(names[:5])}{", ..." * (len(names) > 5)})'
                      for part, names in parts.items() if names)
@@ -163,17 +166,15 @@ def split_folder(root):
 
 
 def open_sources(dataset, path, any_bytes):
-    """-> {'train': source}, perhaps with 'val', whether there are documents. Sources yield (text, if one ends here)."""
+    """-> {'train': source}, perhaps with 'val'; whether there are documents. A source yields (text, document ends)."""
     if dataset == 'enwik8':
         return enwik8(path), False
-    documents = HUB[dataset][3] if dataset in HUB else True
-    if path is None and dataset in HUB:
-        os.environ.setdefault('HF_HUB_VERBOSITY', 'error')  # it reports every retry
+    repo, config, val, documents = HUB.get(dataset, (None, None, None, True))
+    if path is None and repo:
+        os.environ.setdefault('HF_HUB_VERBOSITY', 'error')  # otherwise every retry is printed
         import datasets
-        name, configuration, val, _ = HUB[dataset]
-        rows = {part: datasets.load_dataset(name, configuration, split=split, streaming=True)
-                for part, split in (('train', 'train'), ('val', val)) if split}
-        return {part: from_rows(rows[part], name, documents) for part in rows}, documents
+        return {part: from_rows(datasets.load_dataset(repo, config, split=split, streaming=True), repo, documents)
+                for part, split in (('train', 'train'), ('val', val)) if split}, documents
     if path is None and dataset == 'python':
         root = Path(os.__file__).parent
         left_out = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'encodings', 'distutils'}
@@ -183,44 +184,43 @@ def open_sources(dataset, path, any_bytes):
     else:
         path = path or Path(__file__).with_name('shakespeare.txt')
         parts = split_folder(path) if path.is_dir() else {'train': [path]}
-    documents &= not all(len(files) == 1 and file_type(files[0])[1] not in ROWS for files in parts.values())
+        documents = documents and (path.is_dir() or file_type(path)[1] in ROWS)
     return {part: itertools.chain.from_iterable(from_file(file, documents, any_bytes) for file in files)
             for part, files in parts.items()}, documents
 
 
 def load_tiktoken(name):
-    """-> an encoding of tiktoken, which downloads its vocabulary on first use."""
+    """-> an encoding of tiktoken, which downloads its vocabulary at its first use."""
     with preparing(f'tokenizer {name}'):
         import tiktoken
         return tiktoken.get_encoding(name)
 
 
 def write_ids(path, source, documents, tokens, eot):
-    """Encode a source -> ids, bytes of text. It is cut before white space: GPT-2's pattern never joins across that."""
-    ids = size = 0
-    held = ''  # text that is not encoded yet
+    """Encode a source into a file -> ids, bytes of text. It is cut before white space, where GPT-2's tokens begin."""
+    size = 0
+    held = ''  # not encoded yet
     with open(path, 'wb') as f:
         for text, end in itertools.chain(source, [('', not documents)]):
             held += text
             if len(held) < PIECE and not end:
                 continue
-            last_space = None if end else re.match(r'(?s).*\S(?=[ \n])', held)
-            cut = last_space.end() if last_space else len(held)
+            cut = len(held) if end else re.match(r'(?s).*\S(?=[ \n])|.*', held).end()  # '.*': no white space
             raw = held[:cut].encode('utf-8', 'surrogateescape')
             new = tokens.encode_ordinary(held[:cut]) if tokens else np.frombuffer(raw, np.uint8)
-            new = np.append(new, [eot] if end and eot is not None else []).astype(np.uint16)
+            if end and eot is not None:
+                new = np.append(new, eot)
+            np.asarray(new, np.uint16).tofile(f)
             held = held[cut:]
-            new.tofile(f)
-            ids += len(new)
             size += len(raw)
-    return ids, size
+    return path.stat().st_size // 2, size
 
 
 def write_all(folder, sources, documents, origin, tokenizer):
     """Write train.bin, val.bin and meta.json into the folder."""
     tokens = None if tokenizer == 'bytes' else load_tiktoken(tokenizer)
-    eot = tokens.eot_token if tokens else 255 if documents else None
     vocab_size = tokens.n_vocab if tokens else 256
+    eot = tokens.eot_token if tokens else (255 if documents else None)
     counts = {part: write_ids(folder / f'{part}.bin', source, documents, tokens, eot)
               for part, source in sources.items()}
     if 'val' not in counts:  # move the end of train.bin
@@ -229,8 +229,8 @@ def write_all(folder, sources, documents, origin, tokenizer):
         val = np.fromfile(folder / 'train.bin', np.uint16, offset=2 * n_train)
         val.tofile(folder / 'val.bin')
         os.truncate(folder / 'train.bin', 2 * n_train)
-        text = val[val != eot].tolist() if documents or tokens else val
-        val_size = sum(len(tokens.decode_single_token_bytes(i)) for i in text) if tokens else len(text)
+        text = val if eot is None else val[val != eot]
+        val_size = len(tokens.decode_bytes(text.tolist())) if tokens else len(text)
         counts = {'train': (n_train, size - val_size), 'val': (n - n_train, val_size)}
     meta = dict(tokenizer=tokenizer, vocab_size=vocab_size, mask_id=vocab_size, eot_id=eot, dtype='uint16')
     meta |= dict(source=origin, sha256={})
@@ -244,16 +244,16 @@ def write_all(folder, sources, documents, origin, tokenizer):
 
 
 def clean_up(folder, temporary):
-    """Remove a temporary folder. A data set that waits there, to be replaced, comes back."""
+    """Remove the temporary folder. If the old data set was moved there and not replaced, move it back first."""
     if (temporary / 'old').exists() and not folder.exists():
         (temporary / 'old').rename(folder)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def prepare(dataset, tokenizer=None, path=None, data_dir='data', overwrite=False):
-    """Make data_dir/dataset from a known data set or from `path`, a file or folder. Exits with code 2 if it cannot.
+    """Write data_dir/dataset from a known data set or from `path`, a file or folder. Exits with code 2 if it cannot.
 
-    tokenizer: 'bytes' (of any file), 'gpt2', or None: gpt2 for downloads with `datasets`, else bytes of UTF-8 text.
+    tokenizer: 'bytes' (of any file), 'gpt2', or None: gpt2 for the data sets in HUB, else the bytes of UTF-8 text.
     """
     folder = Path(data_dir, dataset)
     path = None if path is None else Path(path)
@@ -264,7 +264,7 @@ def prepare(dataset, tokenizer=None, path=None, data_dir='data', overwrite=False
     if folder.exists() and not (folder / 'meta.json').exists():
         die(f'{folder} exists and is no prepared data set: choose another --dataset name or --data_dir')
     if path and folder.resolve() in (path.resolve(), *path.resolve().parents):
-        die(f'--path {path} is what would be replaced: choose another --dataset name or --data_dir')
+        die(f'--path {path} is inside the folder that would be replaced: choose another --dataset name or --data_dir')
     origin = str(path.resolve()) if path else ORIGINS.get(dataset) or HUB[dataset][0]
     kind = tokenizer or ('gpt2' if dataset in HUB else 'bytes')
     temporary = folder.with_name(f'.{dataset}.tmp')
@@ -273,14 +273,15 @@ def prepare(dataset, tokenizer=None, path=None, data_dir='data', overwrite=False
         with open(folder.with_name(f'.{dataset}.lock'), 'w') as lock:
             if os.name == 'posix':
                 import fcntl
-                fcntl.flock(lock, fcntl.LOCK_EX)  # waits for another process; the end of a process unlocks the file
-            clean_up(folder, temporary)  # what a killed run left
+                fcntl.flock(lock, fcntl.LOCK_EX)  # wait for another process; the system unlocks the file when it ends
+            clean_up(folder, temporary)  # of a process that was killed
             if folder.exists() and not overwrite:
                 meta = load(folder)[0]
                 if (meta['source'], meta['tokenizer']) != (origin, kind):
                     die(f'{folder} was prepared from {meta["source"]} (tokenizer {meta["tokenizer"]}), not from '
                         f'{origin} (tokenizer {kind}): choose another --dataset name, or add --overwrite')
-                return print(f'{folder} is already prepared from {origin}; --overwrite reads it again', file=sys.stderr)
+                print(f'{folder} is already prepared from {origin}; --overwrite prepares it again', file=sys.stderr)
+                return
             try:
                 (temporary / 'new').mkdir(parents=True)
                 write_all(temporary / 'new', *open_sources(dataset, path, tokenizer == 'bytes'), origin, kind)
@@ -292,7 +293,7 @@ def prepare(dataset, tokenizer=None, path=None, data_dir='data', overwrite=False
 
 
 def load(folder):
-    """data_dir/dataset -> meta.json (dict), train and validation ids (memory maps). Damage is refused: 1 s per GB."""
+    """data_dir/dataset -> meta (dict), train and validation ids (memory maps). Exits with code 2 if it is damaged."""
     ids, name = {}, 'meta.json'
     try:
         meta = json.loads(Path(folder, name).read_text(encoding='utf-8'))
@@ -301,8 +302,7 @@ def load(folder):
         for part in ('train', 'val'):
             name = f'{part}.bin'
             ids[part] = np.memmap(Path(folder, name), np.uint16, 'r')
-            digest = hashlib.sha256(ids[part]).hexdigest()
-            if (len(ids[part]), digest) != (meta[f'{part}_tokens'], meta['sha256'][part]):
+            if hashlib.sha256(ids[part]).hexdigest() != meta['sha256'][part]:  # takes about 1 s per GB
                 raise ValueError('its ids are not those that meta.json describes')
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         die(f'{folder} is damaged ({name}: {type(e).__name__} {e}): delete it and prepare it again')
@@ -326,5 +326,5 @@ def main():
 
 if __name__ == '__main__':
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # on the way out, the temporary folder goes
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # clean_up runs on the way out
     main()

@@ -1,10 +1,10 @@
 """
-Continue a prompt with a causal model, or fill each [MASK] with a masked one.
+Continue a prompt with a causal model, or fill in each [MASK] with a masked model.
 
     python sample.py --out_dir out/composite-causal-shakespeare --prompt "ROMEO:" --max_new_tokens 400 --temperature 0.8
     python sample.py --out_dir out/composite-masked-wikitext2 --prompt "The capital of France is [MASK] ."
 
-<|endoftext|> in a prompt is the token that ends a document, if the data set has one. A continuation stops there.
+<|endoftext|> in a prompt is the token that ends a document, if the data set has one. A continuation stops at it.
 """
 import argparse
 import codecs
@@ -21,7 +21,7 @@ from train import die, load_checkpoint, load_model_file, one_line
 def load_run(out_dir=None, which=None, device='cpu'):
     """A run of train.py -> its model in eval mode, its checkpoint (a dict with settings, config, meta, step, ...).
 
-    out_dir None: the newest run in out/. which: 'best', 'last' or None: the best, if there is one. It is printed.
+    out_dir None: the newest run in out/. which: 'best', 'last', or None: best if it exists, else last. Prints its path.
     """
     if out_dir is None:
         checkpoints = sorted(Path('out').glob('*/ckpt_last.pt'), key=lambda path: path.stat().st_mtime)
@@ -37,14 +37,14 @@ def load_run(out_dir=None, which=None, device='cpu'):
     try:
         model = module.Model(module.Config(**checkpoint['config'])).to(device).eval()
         model.load_state_dict(checkpoint['model'])
-    except Exception as e:  # any code may stand in the model file by now
+    except Exception as e:  # the model file may have changed in any way since
         die(f'{path} does not fit {module.__name__}.py as it is now: {one_line(e)}')
     print(f'{path}: step {checkpoint["step"]}, best validation loss so far {checkpoint["best"]:.4f}', file=sys.stderr)
     return model, checkpoint
 
 
 def tokenizer(name):
-    """-> function from text to a list of ids, function from one id to its bytes."""
+    """-> encode (text -> list of ids), decode (one id -> its bytes)."""
     if name == 'bytes':
         return lambda text: list(text.encode('utf-8', 'surrogateescape')), lambda i: bytes([i])
     tokens = load_tiktoken(name)
@@ -52,7 +52,7 @@ def tokenizer(name):
 
 
 def encode_prompt(prompt, meta, masked):
-    """Text -> ids. <|endoftext|>, if the data set has it, and [MASK], for a masked model, are one token each."""
+    """Text -> ids. [MASK] (masked models) and <|endoftext|> (if the data set has that token) are one id each."""
     special = {'[MASK]': meta['mask_id']} if masked else {}
     if meta.get('eot_id') is not None:
         special['<|endoftext|>'] = meta['eot_id']
@@ -64,26 +64,26 @@ def encode_prompt(prompt, meta, masked):
 
 
 def draw(logits, temperature, top_k, generator):
-    """One id from logits (vocab_size,). temperature 0: the most likely. top_k: of exactly k ids; of ties, the first."""
-    logits = logits.double().cpu()  # one CPU generator: the same draws on every device
+    """Draw one id from logits (vocab_size,). temperature 0: the most likely. top_k: from exactly k ids; 0: from all."""
+    logits = logits.to('cpu', torch.float64, copy=True)  # a CPU generator draws the same on every device
     if temperature == 0:
         return logits.argmax().item()
     if top_k:
-        logits = logits.index_fill(0, logits.argsort(descending=True, stable=True)[top_k:], float('-inf'))
+        logits[logits.argsort(descending=True, stable=True)[top_k:]] = float('-inf')  # of equal logits the first stay
     p = ((logits - logits.max()) / temperature).softmax(-1)
     return torch.multinomial(p, 1, generator=generator).item()
 
 
 @torch.no_grad()
 def continuation(model, ids, vocab_size, context, temperature, top_k, generator):
-    """Yield new ids. The state holds at most `context` tokens (0: any); if full, the newer half goes to a new state."""
+    """Yield new ids. The state has at most `context` tokens (0: no limit); the newer half of a full one is kept."""
     ids = list(ids)[-context:]
     new, state = ids, model.new_state()
     while True:
         if context and state[0]['seen'] + len(new) > context:
             new, state = ids[-max(1, context // 2):], model.new_state()
         logits, _ = model(torch.tensor([new], device=model.wte.weight.device), state=state)
-        i = draw(logits[0, -1, :vocab_size], temperature, top_k, generator)  # never [MASK] or a row that fills up
+        i = draw(logits[0, -1, :vocab_size], temperature, top_k, generator)  # not [MASK], no padding of the embedding
         new = [i]
         ids += new
         yield i
@@ -91,15 +91,15 @@ def continuation(model, ids, vocab_size, context, temperature, top_k, generator)
 
 @torch.no_grad()
 def fill(model, ids, mask_id, vocab_size, top=5):
-    """For each [MASK] the most likely ids and their probabilities: a list of lists of (id, p)."""
+    """For each [MASK] the `top` most likely ids and their probabilities p: a list of lists of (id, p)."""
     idx = torch.tensor([ids], device=model.wte.weight.device)
-    logits, _ = model(idx, where=(idx[0] == mask_id).nonzero().T)  # where (1, M), logits (1, M, rows of the embedding)
+    logits, _ = model(idx, where=(idx[0] == mask_id).nonzero().T)  # logits (1, M, rows of the embedding)
     best = logits[0, :, :vocab_size].float().softmax(-1).topk(min(top, vocab_size))  # (M, top)
     return [list(zip(i, p)) for i, p in zip(best.indices.tolist(), best.values.tolist())]
 
 
 def print_filled(model, meta, args):
-    """The prompt with the most likely piece in each gap, then the five most likely pieces of each."""
+    """Print the prompt with the most likely token at each [MASK], then the five most likely tokens for each."""
     if '[MASK]' not in (args.prompt or ''):
         die('this model is masked: it needs --prompt with at least one [MASK]')
     ids = encode_prompt(args.prompt, meta, True)
@@ -116,7 +116,7 @@ def print_filled(model, meta, args):
 
 
 def print_continued(model, meta, args):
-    """--num_samples continuations, each printed as it comes."""
+    """Print --num_samples continuations, each token as soon as it is drawn."""
     prompt = '\n' if args.prompt is None else args.prompt
     context = model.config.block_size if args.context is None else args.context
     if model.config.absolute and not 0 < context <= model.config.block_size:
@@ -129,8 +129,8 @@ def print_continued(model, meta, args):
     _, decode = tokenizer(meta['tokenizer'])
     stop = None if args.no_stop else meta.get('eot_id')
     for n in range(args.num_samples):
-        print('-' * 40 + '\n' if n else '', prompt.lstrip('\n'), sep='', end='', flush=True)
-        text = codecs.getincrementaldecoder('utf-8')('replace')  # a character may come in several tokens
+        print(('-' * 40 + '\n' if n else '') + prompt.lstrip('\n'), end='', flush=True)
+        text = codecs.getincrementaldecoder('utf-8')('replace')  # a character may be several tokens
         generator = torch.Generator().manual_seed(args.seed + n)
         new_ids = continuation(model, ids, meta['vocab_size'], context, args.temperature, args.top_k, generator)
         for _, i in zip(range(args.max_new_tokens), new_ids):
@@ -150,11 +150,11 @@ def main():
     parser.add_argument('--max_new_tokens', type=int, default=500, help='length of each (default 500)')
     parser.add_argument('--no-stop', action='store_true', help='continue after the token that ends a document')
     parser.add_argument('--temperature', type=float, default=0.8, help='0: always the most likely (default 0.8)')
-    parser.add_argument('--top_k', type=int, default=0, help='draw from the k most likely; 0: from all (default 0)')
-    parser.add_argument('--context', type=int, help='tokens to look back on; 0: no limit (default: its block_size)')
-    parser.add_argument('--seed', type=int, default=1, help='of the draws (default 1)')
+    parser.add_argument('--top_k', type=int, default=0, help='draw from the k most likely tokens; 0: all (default 0)')
+    parser.add_argument('--context', type=int, help='tokens that each new one sees; 0: no limit (default: block_size)')
+    parser.add_argument('--seed', type=int, default=1, help='random seed of the draws (default 1)')
     best_device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    parser.add_argument('--device', default=best_device, help='default: cuda, if there is one, else mps or cpu')
+    parser.add_argument('--device', default=best_device, help='default: cuda if available, else mps or cpu')
     args = parser.parse_args()
     for name, low in dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, context=0, seed=0).items():
         value = getattr(args, name)
@@ -164,7 +164,7 @@ def main():
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:
         die(f'--device {args.device} cannot be used here, {best_device} can: {one_line(e)}')
-    if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook; elsewhere ? stands for what a console cannot show
+    if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook. A console prints ? for what it cannot show
         sys.stdout.reconfigure(errors='replace')
     model, checkpoint = load_run(args.out_dir, args.ckpt, args.device)
     command = print_filled if checkpoint['settings']['objective'] == 'masked' else print_continued

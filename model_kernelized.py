@@ -352,7 +352,7 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
         f f n n         Without the causal mask also the mirror image, with c_R.
     """
     T, R = q.size(2), b.size(-1) // 2
-    n = -(-T // chunk)  # chunks
+    n, filler = -(-T // chunk), -T % chunk  # chunks, and zero tokens that complete the last one
     n_left = max(0, -(-(R - 1) // chunk))  # near chunks on the left; all others are R or more tokens away
     n_near = n_left + 1 if causal else 2 * n_left + 1
     c = relative_weights(b, causal).to(q.dtype)  # (nh, 2R+1)
@@ -360,8 +360,7 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
     toeplitz = along_diagonals(c_rows, n_left * chunk, n_near * chunk, 0.0 if causal else None)
     values = torch.cat((v, torch.ones_like(v[..., :1])), -1)  # the last column gives the normalizer
     visible_k = k if valid is None else k * valid[:, None, :, None]
-    parts = [F.pad(x, (0, 0, 0, n * chunk - T)).unflatten(2, (n, chunk)) for x in (q, visible_k, values)]
-    q_chunks, k_chunks, v_chunks = parts  # (B, nh, n, chunk, ...)
+    qs, ks, vs = [F.pad(x, (0, 0, 0, filler)).unflatten(2, (n, chunk)) for x in (q, visible_k, values)]
 
     def near(x):  # (B, nh, n, chunk, f) -> (B, nh, n, n_near * chunk, f): each chunk with its neighbors
         x = F.pad(x, (0, 0, 0, 0, n_left, n_near - n_left - 1))
@@ -371,12 +370,12 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
         return F.pad(x.cumsum(2), (0, 0, 0, 0, n_left + 1, 0))[:, :, :n].to(q.dtype)
 
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
-    att = (q_chunks @ near(k_chunks).transpose(-2, -1)) * toeplitz[:, None]  # (B, nh, n, chunk, n_near * chunk)
-    y = (att @ near(v_chunks)).to(acc_dtype)  # (B, nh, n, chunk, hs+1)
-    sums = (k_chunks.transpose(-2, -1) @ v_chunks).to(acc_dtype)  # (B, nh, n, m, hs+1)
-    y = y + c[:, :1, None, None] * (q_chunks @ sum_before(sums))
+    att = (qs @ near(ks).transpose(-2, -1)) * toeplitz[:, None]  # (B, nh, n, chunk, n_near * chunk)
+    y = (att @ near(vs)).to(acc_dtype)  # (B, nh, n, chunk, hs+1)
+    sums = (ks.transpose(-2, -1) @ vs).to(acc_dtype)  # (B, nh, n, m, hs+1)
+    y = y + c[:, :1, None, None] * (qs @ sum_before(sums))
     if not causal:
-        y = y + c[:, -1:, None, None] * (q_chunks @ sum_before(sums.flip(2)).flip(2))
+        y = y + c[:, -1:, None, None] * (qs @ sum_before(sums.flip(2)).flip(2))
     y = y.flatten(2, 3)[:, :, :T]
     if valid is not None:  # padding attends to itself
         y = y + (q * (k - visible_k)).sum(-1, keepdim=True) * c[:, R, None, None] * values

@@ -21,8 +21,6 @@ PLANTED = [
      f'{DATA}::test_held_out_text_is_never_trained_on'),
     ('prepare_data.py', "if '\\0' in text and not any_bytes:", "if False:",
      f'{DATA}::test_what_is_no_text'),
-    ('prepare_data.py', 'fcntl.flock(lock, fcntl.LOCK_EX)', 'pass',
-     f'{DATA}::test_one_process_at_a_time_and_nothing_half_made'),
     ('prepare_data.py', "(temporary / 'old').rename(folder)\n", 'pass\n',
      f'{DATA}::test_killed_while_swapping'),
     ('prepare_data.py', "hashlib.sha256(ids[part]).hexdigest() != meta['sha256'][part]",

@@ -115,10 +115,10 @@ def plant(what):
 
 
 def plant_all(errors=ERRORS):
-    """{what: (exit status, first failed check)}, two at a time, each in a new process (forked on Linux)."""
-    import torch  # noqa: F401, here, so that the forked processes have it
-    method = 'fork' if sys.platform == 'linux' else 'spawn'
-    with multiprocessing.get_context(method).Pool(2, maxtasksperchild=1) as pool:
+    """{what: (exit status, first failed check)}, two at a time, each in a new process."""
+    context = multiprocessing.get_context('forkserver' if sys.platform == 'linux' else 'spawn')
+    context.set_forkserver_preload(['torch', 'pytest'])  # importing torch takes longer than most of the checks
+    with context.Pool(2, maxtasksperchild=1) as pool:
         return dict(zip(errors, pool.map_async(plant, errors, chunksize=1).get(timeout=600)))
 
 

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from conftest import REPO
 from planted_data import PLANTED as MORE
 
 HERE = 'tests/test_train.py::'
+# Forked from a server that has imported torch, which takes longer than a test. It has no threads, unlike this process.
+CONTEXT = multiprocessing.get_context('forkserver' if sys.platform == 'linux' else 'spawn')
+CONTEXT.set_forkserver_preload(['torch', 'torch._dynamo', 'pytest'])
 # (file, right text, which occurs exactly once, wrong text, the test that must fail)
 PLANTED = [
     ('train.py', 'sequences[:, 1:], None', 'sequences[:, :-1], None',
@@ -62,10 +64,7 @@ def test_planted_error_is_caught(tmp_path, file, right, wrong, test):
             (tmp_path / path.relative_to(REPO)).parent.mkdir(exist_ok=True)
             shutil.copy(path, tmp_path / path.relative_to(REPO))
     (tmp_path / file).write_text(text.replace(right, wrong), encoding='utf-8')
-    # fork after this: importing torch and what its optimizers import takes longer than a test
-    torch.optim.AdamW([torch.zeros(1)])
-    context = multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn')
-    process = context.Process(target=run_test, args=(tmp_path, test))
+    process = CONTEXT.Process(target=run_test, args=(tmp_path, test))
     process.start()
     process.join(120)
     process.kill()

@@ -358,7 +358,7 @@ def restore(run, checkpoint, model, optimizer):
         for name in [name for name in new if old[name] != new[name]]:
             if name in ('objective', 'tokenizer', *vars(run.config)):
                 die(f'cannot change {name}: it is {old[name]} in {run.out}, not {new[name]}')
-            print0(f'changed on resume: {name} {old[name]} -> {new[name]}')
+            print0(f'changed since the checkpoint: {name} {old[name]} -> {new[name]}')
         model.load_state_dict(checkpoint['model'])
         groups = optimizer.state_dict()['param_groups']  # the betas and weight decay of this run
         optimizer.load_state_dict(dict(checkpoint['optimizer'], param_groups=groups))

@@ -325,7 +325,7 @@ def test_a_finished_run_is_extended(finished):
     finished('train.py', '--resume', '--out_dir', 'x', '--max_iters', 40, '--learning_rate', 0)
     after = (finished.x / 'log.csv').read_text()
     assert after.startswith(before) and after.count('step') == 1, 'one header'
-    assert 'changed on resume: max_iters 25 -> 40' in finished.out
+    assert 'changed since the checkpoint: max_iters 25 -> 40' in finished.out
     assert [step for step, _ in log(finished.x, 'step', 'val_loss')][-3:] == ['25', '30', '40']
     assert checkpoint(finished.x, 'best')['best'] <= best['best']
 

@@ -270,7 +270,7 @@ def test_the_best_checkpoint_holds_the_best_loss_and_its_step(unbroken):
     best = checkpoint(unbroken.out_dir, 'best')
     assert best['step'] == step and best['best'] == pytest.approx(loss, rel=1e-5)
     unbroken('train.py', '--eval_only', '--out_dir', 'out')
-    assert f'out, step {step}, code: val loss {loss:.4f} nats per token' in unbroken.out
+    assert f'out, step {step}, code: val loss {best["best"]:.4f} nats per token' in unbroken.out
     assert len(unbroken.out.splitlines()) == 2, 'the device, and the result'
 
 

@@ -17,6 +17,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)  # a second thread gains nothing in small tests, and waits long where other work holds its core
 SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+signal.signal(SIGNALS[-1], signal.SIG_DFL)  # nohup ignores SIGHUP
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / 'experiments'), str(REPO / 'baselines')]
 CORPORA = Path(os.environ.get('CORPORA', REPO.parent / 'shared' / 'data'))  # real texts; without them tests skip

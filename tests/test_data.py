@@ -115,6 +115,8 @@ def test_the_library_is_without_tables():
     prepare('python')
     meta, train, val = prepare_data.load('data/python')
     text = train.astype(np.uint8).tobytes() + val.astype(np.uint8).tobytes()
+    package = sorted(Path(os.__file__).with_name('asyncio').glob('*.py'))
+    assert b''.join(path.read_bytes() + b'\xff' for path in package) in text, 'a package is not divided'
     assert len(text) > 5_000_000 and b'class JSONEncoder' in text and b'decoding_table = (' not in text
 
 
@@ -162,8 +164,9 @@ def test_documents_and_rows(monkeypatch, capsys):
     ('latest.txt, contest.txt, train.txt', 'contest.txt, latest.txt, train.txt', ''),
     ('b.txt, test/c.txt, all.txt -> test/a.txt', 'b.txt', ''),
     ('train/b.txt, test/c.txt, train/x.txt -> ../test/a.txt', 'train/b.txt', ''),
-    ('b.txt, .git/a.txt, .c.txt, a.png', 'b.txt', ''),
+    ('b.txt, .git/a.txt, .c.txt, sub/.d.txt, a.png', 'b.txt', ''),
     ('b.txt, sub/a.png -> ..', 'b.txt', ''),
+    ('a.gz, b.json', 'a.gz', ''),
 ])
 def test_held_out_text_is_never_trained_on(capsys, files, train, val):
     """Words in the names of files and folders, before and behind links, decide; one line says what is used for what."""
@@ -173,10 +176,10 @@ def test_held_out_text_is_never_trained_on(capsys, files, train, val):
         if target:
             Path('text', name).symlink_to(target)
         if target != '..':
-            Path('text', name).write_bytes(name.encode() * 100)
-    prepare('d', path='text')
+            put(f'text/{name}', (gzip.compress if name.endswith('.gz') else bytes)(name.encode() * 100))
+    main('--path', 'text/')
     wanted = [b''.join(name.encode() * 100 + b'\xff' for name in names.split(', ') if name) for names in (train, val)]
-    assert joined('d') == b''.join(wanted) and (not val or bytes(prepared('d')[2]) == wanted[1])
+    assert joined('text') == b''.join(wanted) and (not val or bytes(prepared('text')[2]) == wanted[1])
     said = capsys.readouterr().err.splitlines()[0]
     assert f'train: {len(train.split(", "))} files ({train})' in said
     assert (f'val: 1 files ({val})' if val else 'val: the last tenth') in said
@@ -282,12 +285,14 @@ def test_killed_while_swapping():
 def test_what_is_there_is_kept_or_refused(here, refused, capsys):
     """The same path and tokenizer: nothing is done. Another one, or damage: one line, nothing lost."""
     put('other/novel.txt', RAW * 3)
+    prepare('pairs', 'gpt2', 'novel.txt')
     main('--path', 'novel.txt')
     put('novel.txt', RAW * 2)
     capsys.readouterr()
     main('--path', here / 'novel.txt')  # the same file by another name
     assert re.fullmatch('.*already prepared.*--overwrite.*\n', capsys.readouterr().err)
-    for words in (['--path', 'other/novel.txt'], ['--path', 'novel.txt', '--tokenizer', 'gpt2']):
+    for words in (['--path', 'other/novel.txt'], ['--path', 'novel.txt', '--tokenizer', 'gpt2'],
+                  ['--path', 'novel.txt', '--dataset', 'pairs']):
         line = refused(main, *words)
         assert all(part in line for part in (f'{here}/novel.txt (tokenizer bytes)', '--overwrite', '--dataset'))
     assert joined('novel') == RAW
@@ -306,14 +311,15 @@ def test_refused(refused):
     for name, content in {
             'empty.txt': b'', 'held/a.png': b'', 'held/test.txt': RAW, 'held/dev.txt': RAW, 'data/mine/a.txt': RAW,
             'broken.xz': lzma.compress(RAW)[:-50], 'columns.jsonl': b'{"title": "a"}', 'data/made/a.txt': RAW,
-            'torn.jsonl': b'{"text": "a"}\n{"text": "a', 'data/made/meta.json': b'{}'}.items():
+            'torn.jsonl': b'{"text": "a"}\n{"text": "a', 'data/made/meta.json': b'{}',
+            'a.jsonl': b'{"text": "12345678"}'}.items():
         put(name, content)
     parquet.write_table(pa.table({'title': ['a']}), 'columns.parquet')
     for words, said in (
             ('--dataset nonsense', "'nonsense' shakespeare, enwik8, python --path"),
             ('--dataset ../x --path novel.txt', "'../x' letters"),
             ('--path held', 'held no text to train on test.txt dev.txt a.png known types .jsonl'),
-            ('--path empty.txt', 'empty.txt too little text'),
+            ('--path empty.txt', 'empty.txt too little text'), ('--path a.jsonl', 'too little text left for val'),
             ('--path broken.xz', 'broken.xz EOFError'),
             ('--path columns.jsonl', "'text' title"),
             ('--path columns.parquet', "columns.parquet 'text'"),

@@ -4,6 +4,7 @@ import importlib
 import io
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,19 +35,24 @@ def test_options_of_drawing(main, monkeypatch):
     text = run.out
     assert text.startswith('def grüße(') and 60 < len(text) <= 111
     assert re.fullmatch(f'{CAUSAL[10:]}/ckpt_best.pt: step \\d+, best validation loss so far \\d\\.\\d+\n', run.err)
-    first, second = main(*DRAW, '--num_samples', 2).out.split('-' * 40 + '\n')
-    assert first == text != second == main(*DRAW, '--seed', 2).out
+    first, second = main(*DRAW, '--num_samples', 2, '--seed', 0).out.split('-' * 40 + '\n')
+    assert first != text == second != main(*DRAW, '--seed', 2).out
     greedy = main(*DRAW, '--temperature', 0).out
     assert greedy != text and greedy == main(*DRAW, '--temperature', '1e-50', '--seed', 3).out
     assert main(*DRAW, '--top_k', 1, '--seed', 9).out == greedy
     assert len(main(LONG, '--prompt', 'x' * 100).out) > 250, 'absolute positions continue beyond their end'
-    assert main(*DRAW[:-1], 'a [MASK] b').out.startswith('a [MASK] b')
+    assert main(*DRAW[:-1], '\n  a [MASK] b').out.startswith('  a [MASK] b')
     assert len(run.err.splitlines()) == 2 and 'literal text' in run.err
     monkeypatch.chdir(run.folder)
     monkeypatch.setattr(sys, 'argv', ['sample.py', *map(str, DRAW)])
     monkeypatch.setattr(sys, 'stdout', out := io.StringIO())  # as in a notebook, it does not have reconfigure
     sample.main()
     assert out.getvalue() == text
+    process = run.start('sample.py', *DRAW)
+    process.stdout.close()  # as sample.py | head does
+    assert 'Traceback' not in process.stderr.read()
+    monkeypatch.setattr(torch, 'multinomial', lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    main(*DRAW, code=130)
 
 
 def test_top_k_is_exactly_k():
@@ -98,13 +104,14 @@ def test_the_end_of_a_document(capsys):
     """Generation stops before that token unless --no-stop; in a prompt its name is the token, if the data has it."""
     args = SimpleNamespace(num_samples=2, max_new_tokens=3, temperature=0, top_k=0, context=None, seed=1, prompt='x')
     meta = dict(tokenizer='bytes', mask_id=256, vocab_size=256)
-    for eot, args.no_stop, text in ((255, False, 'xab'), (255, True, 'xab\ufffd'), (None, False, 'xab\ufffd')):
-        sample.print_continued(Likes([97, 98, 255] * 2), {**meta, 'eot_id': eot}, args)
+    for eot, args.no_stop, text in ((255, False, 'xé'), (255, True, 'xé\ufffd'), (None, False, 'xé\ufffd')):
+        sample.print_continued(Likes([*'é'.encode(), 255] * 2), {**meta, 'eot_id': eot}, args)
         assert capsys.readouterr().out == f'{text}\n{"-" * 40}\n{text}\n'
     prompt = 'a<|endoftext|>[MASK]'
     for eot, masked, ids in ((255, True, [97, 255, 256]), (255, False, [97, 255, *b'[MASK]']),
                              (None, True, [*b'a<|endoftext|>', 256]), (None, False, [*prompt.encode()])):
         assert sample.encode_prompt(prompt, {**meta, 'eot_id': eot}, masked) == ids
+    assert sample.encode_prompt('\udc80', meta, False) == [128], 'bytes of a terminal that are no UTF-8'
 
 
 @pytest.mark.parametrize('name', [*MODELS, 'rope'])
@@ -115,7 +122,7 @@ def test_drawn_from_the_state_is_drawn_from_the_text(name):
     model = module.Model(module.Config(vocab_size=320, block_size=32, n_layer=2, n_head=2, n_embd=32)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    for context, prompt in ((0, b'import '), (16, b'import '), (16, b'from __future__ import'), (16, b'x' * 16)):
+    for context, prompt in ((0, b'import '), (16, b'import '), (16, b'from __future__ im'), (16, b'x' * 16), (1, b'x')):
         drawn = sample.continuation(model, prompt, 256, context, 1.0, 0, torch.Generator().manual_seed(5))
         drawn = [next(drawn) for _ in range(30)]
         text = list(prompt)
@@ -123,7 +130,7 @@ def test_drawn_from_the_state_is_drawn_from_the_text(name):
         generator = torch.Generator().manual_seed(5)
         for _ in range(30):
             if context and fed > context:
-                fed = context // 2
+                fed = max(1, context // 2)
             p = model(torch.tensor([text[-fed:]]))[0][0, -1, :256].double().softmax(-1)
             text.append(torch.multinomial(p, 1, generator=generator).item())
             fed += 1
@@ -142,13 +149,14 @@ def test_each_gap_shows_its_own_answers(monkeypatch, capsys):
         assert capsys.readouterr().out.splitlines() == [
             f'{x}[a]y[c][e] z', "[MASK] 1: 'a' 50.0%  'b' 25.0%", "[MASK] 2: 'c' 75.0%  'd' 12.5%",
             "[MASK] 3: 'e' 100.0%"]
+    assert bytes(sample.encode_prompt('x [MASK]', dict(tokenizer='gpt2', mask_id=256), False)) == b'x [MASK]'
 
 
 def test_which_checkpoint(main, monkeypatch, capsys):
     """The newest run, its best weights, or its last ones if there is no best yet; damage is one line."""
     monkeypatch.chdir(main.func.folder)
     Path('out/absolute-causal/ckpt_last.pt').touch()
-    sample.load_run()
+    assert not sample.load_run()[0].training
     assert capsys.readouterr().err.startswith('out/absolute-causal/ckpt_best.pt')
     Path('early').mkdir()
     shutil.copy('out/composite-causal-code/ckpt_last.pt', 'early')
@@ -156,7 +164,7 @@ def test_which_checkpoint(main, monkeypatch, capsys):
     assert 'early/ckpt_best.pt' in main('--out_dir=early', '--ckpt=best', code=2).err
     good = torch.load('early/ckpt_last.pt', weights_only=True)
     for change in ({'settings': {**good['settings'], 'model': 'gone'}}, {'config': {**good['config'], 'n_embd': 64}},
-                   {'config': {**good['config'], 'field_of_another_day': 1}}):
+                   {'config': {**good['config'], 'field_of_another_day': 1}}, {'model': {}}):
         torch.save({**good, **change}, 'early/ckpt_best.pt')
         err = main('--out_dir=early', code=2).err
         assert re.fullmatch('.*(model_gone.py|early/ckpt_best.pt does not fit model_composite.py).*\n', err)
@@ -171,7 +179,7 @@ def test_refused(main, run):
                         ([LONG, '--context=33'], '--context block_size=32'),
                         ([LONG, '--context=0'], '--context block_size=32'), ([CAUSAL, '--prompt='], '--prompt empty'),
                         (['--num_samples=0'], '--num_samples at least 1'), (['--device=meta'], '--device meta'),
-                        (['--temperature=-1'], '--temperature at least 0')):
+                        *(([f'--{name}=-1'], f'--{name} at least 0') for name in ('temperature', 'top_k'))):
         err = re.sub(r'\S+ckpt_\w+.pt: step.*\n', '', main(*words, code=2).err)
         assert err.startswith('sample.py: ') and err.count('\n') == 1 and all(part in err for part in said.split()), err
     assert 'no run in out/' in run('sample.py', code=2).err

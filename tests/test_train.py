@@ -88,7 +88,9 @@ def test_validation_sequences_are_fixed_spread_and_disjoint():
     for objective in ('causal', 'masked'):
         first, second = [script.val_batch(make_run(64, objective=objective, seed=n), range(10), 10) for n in (1, 2)]
         assert all(a is None or torch.equal(a, b) for a, b in zip(first, second))
-    idx, targets, _ = script.val_batch(make_run(64, np.arange(5000, dtype=np.uint16)), range(78), 78)
+    run = make_run(64, np.arange(5000, dtype=np.uint16))
+    run.train = DATA
+    idx, targets, _ = script.val_batch(run, range(78), 78)
     assert len(idx.unique()) == idx.numel() and idx[0, 0] == 0 and targets.max() == 4999
 
 
@@ -136,6 +138,56 @@ def test_micro_batches_equal_one_batch(objective):
     assert_close(found[0], found[1], rtol=0, atol=1e-5)
 
 
+def test_weights_and_dropout_depend_on_the_seed(monkeypatch):
+    """Dropout depends on the step and the process, too."""
+    module, losses = script.load_model_file('nope'), []
+    batches = script.micro_batches(make_run(32, batch_size=4), 0)
+    for first, seed, step, rank in ((1, 1, 3, 0), (1, 1, 3, 0), (1, 2, 3, 0), (1, 1, 4, 0), (1, 1, 3, 1), (2, 1, 3, 0)):
+        run = make_run(32, seed=first)  # decides the weights
+        run.config = module.Config(vocab_size=257, block_size=32, n_layer=1, dropout=0.5)
+        model, ddp, optimizer = script.build(run, module, False)
+        run.settings.seed = seed
+        monkeypatch.setattr(script, 'RANK', rank)
+        losses.append(script.train_step(run, ddp, optimizer, step, batches)[0].item())
+    assert losses[0] == losses[1] and len(set(losses)) == 5
+
+
+@pytest.mark.parametrize('max_iters, stop_at, code, saved', [
+    (0, None, 0, 'last0 best0 last0'), (10, 5, 143, 'last0 last3 last4 best4 last5'),
+    (10, None, 0, 'last0 last3 last4 best4 last6 last8 last9 last10 last10')])
+def test_the_loop(monkeypatch, tmp_path, capsys, max_iters, stop_at, code, saved):
+    """When it saves; neither the first step nor a validation is timed. A signal to the other process stops both."""
+    clock, files = [0.0], []
+
+    def takes(seconds, result):
+        clock[0] += seconds
+        return result
+    for name, new in dict(
+            WORLD=2, time=SimpleNamespace(time=lambda: clock[0]), handle_signals=lambda signals: None,
+            save=lambda run, model, optimizer, name: files.append(f'{name[5:9]}{run.step}'),
+            evaluate=lambda run, model: takes(100, 3.0),
+            train_step=lambda run, ddp, optimizer, step, batches: takes(2 if step else 50, (2.0, 1.0)),
+            dist=SimpleNamespace(all_reduce=lambda x: x.mul_(2).add_(torch.eye(3)[2] * (run.step == stop_at)))).items():
+        monkeypatch.setattr(script, name, new)
+    run = make_run(4, max_iters=max_iters, eval_interval=4, checkpoint_interval=3, log_interval=2, batch_size=6)
+    run.out = tmp_path
+    assert script.training_loop(run, None, None, None) == code and ' '.join(files) == saved
+    rows = [row for row in run.log if 'ms' in row]
+    assert all((row['ms'], row['tokens_per_s']) == ('2000', '12') for row in rows)
+    assert not rows or 'norm 1.00  2000.0 ms  12 tokens/s  0:00:16 left' in capsys.readouterr().out
+    monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda figure, *_, **__: files.append(figure.axes[0].lines))
+    script.plot(run)
+    assert [line.get_ydata().tolist() for line in files[-1]] == [[2] * len(rows), [3] * (len(run.log) - len(rows))]
+
+
+def test_a_signal_that_nohup_ignores_is_ignored(monkeypatch):
+    taken = []
+    monkeypatch.setattr(signal, 'getsignal', {signal.SIGINT: signal.SIG_IGN}.get)
+    monkeypatch.setattr(signal, 'signal', lambda number, _: taken.append(number))
+    script.handle_signals()
+    assert taken == SIGNALS[1:]
+
+
 def test_schedule():
     s = script.Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
     lr = [script.lr_at(i, s) for i in range(120)]
@@ -146,11 +198,13 @@ def test_schedule():
 
 def test_dtype_of_a_cpu(monkeypatch):
     """auto: bfloat16 if the CPU multiplies it; otherwise what is asked for."""
-    for able, dtype, chosen in ((['avx512_bf16'], 'auto', 'bfloat16'), (['amx_bf16'], 'auto', 'bfloat16'),
-                                (['bf16'], 'auto', 'float32'), (['amx_bf16'], 'float32', 'float32')):
-        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict.fromkeys(able, True))
+    for able, dtype, chosen in (('avx512_bf16', 'auto', 'bfloat16'), ('amx_bf16', 'auto', 'bfloat16'),
+                                ('bf16', 'auto', 'float32'), ('amx_bf16', 'float32', 'float32'),
+                                ('bf16', 'bfloat16', 'bfloat16')):
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {able: True})
         device, found, compiled = script.choose_device(script.Settings(device='cpu', dtype=dtype))
         assert (device.type, found, compiled) == ('cpu', getattr(torch, chosen), False)
+    assert script.choose_device(script.Settings(device='cpu', compile='on'))[2]
 
 
 @pytest.mark.parametrize('objective', ['causal', 'masked'])
@@ -207,6 +261,7 @@ def test_what_the_log_says(unbroken):
     ms, speed = np.array(log(unbroken.out_dir, 'ms', 'tokens_per_s'), float).T
     assert np.allclose(ms * speed, 8 * 32 * 1000, rtol=1e-4)
     assert script.describe(make_run(64), math.log(256 ** 2)).endswith(' 8.0000 bits per byte, perplexity 65536.00')
+    assert script.describe(make_run(64), 1e4).startswith('10000.0000 nats'), 'too large for exp'
 
 
 def test_the_best_checkpoint_holds_the_best_loss_and_its_step(unbroken):
@@ -215,7 +270,7 @@ def test_the_best_checkpoint_holds_the_best_loss_and_its_step(unbroken):
     best = checkpoint(unbroken.out_dir, 'best')
     assert best['step'] == step and best['best'] == pytest.approx(loss, rel=1e-5)
     unbroken('train.py', '--eval_only', '--out_dir', 'out')
-    assert f'out, step {step}, code: val loss {loss:.4f} nats per token' in unbroken.out
+    assert f'out, step {step}, code: val loss {best["best"]:.4f} nats per token' in unbroken.out
     assert len(unbroken.out.splitlines()) == 2, 'the device, and the result'
 
 
@@ -328,6 +383,9 @@ def test_a_finished_run_is_extended(finished):
     assert 'changed since the checkpoint: max_iters 25 -> 40' in finished.out
     assert [step for step, _ in log(finished.x, 'step', 'val_loss')][-3:] == ['25', '30', '40']
     assert checkpoint(finished.x, 'best')['best'] <= best['best']
+    torch.save(dict(best, step=24), finished.x / 'ckpt_best.pt')
+    finished('train.py', '--eval_only', '--out_dir', 'x')
+    assert 'x, step 24, code: val loss' in finished.out
 
 
 def test_a_new_metric_gets_a_column(tmp_path):
@@ -402,7 +460,8 @@ def test_runs_never_overwrite_each_other(train):
     out = train.folder / 'out/nope-causal-code'
     (out / 'notes.txt').touch()
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    for words in ([], ['--out_dir', out]):
+    (train.folder / 'out/ckpt_best.pt').touch()  # any file of a run
+    for words in ([], ['--out_dir', out], ['--out_dir', 'out']):
         train.train(*short, *words, code=2)
         one_line(train.err, 'holds a run: add --resume to continue it, --overwrite to delete it')
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
@@ -415,7 +474,7 @@ def test_runs_never_overwrite_each_other(train):
         'nothing of the old run; a checkpoint first')
 
 
-def test_nan_keeps_the_last_good_checkpoint(train):
+def test_nan_keeps_the_last_good_checkpoint(train, monkeypatch):
     train.train('--model', 'nope', '--learning_rate', 1e9, '--warmup_iters', 4, '--grad_clip', 0, '--max_iters', 50,
                 '--checkpoint_interval', 1, '--out_dir', 'x', code=1)
     one_line(train.err, 'x/ckpt_last.pt is the last good checkpoint. Try a lower --learning_rate')
@@ -424,6 +483,8 @@ def test_nan_keeps_the_last_good_checkpoint(train):
     assert f'at step {kept["step"] + 1};' in train.err
     train.train('--model', 'nope', '--learning_rate', 1e9, '--max_iters', 50, '--out_dir', 'y', code=1, RANK='1')
     assert not train.err + train.out, 'process 0 prints the line'
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', lambda *_: math.inf)
+    train.train('--model', 'nope', '--max_iters', 2, '--out_dir', 'z', code=1)
 
 
 def test_full_disk_leaves_the_old_files(finished, monkeypatch):
@@ -450,6 +511,7 @@ REFUSED = {
     '--learning_rate nan': '--learning_rate must be at least 0',
     '--dropout 1.0': '--dropout must be at least 0 and at most 0.9999, not 1.0',
     '--mask_prob 0': '--mask_prob must be above 0 and at most 1',
+    '--log_interval 0': '--log_interval must be above 0 and at most',
     '--batch_size 10 --micro_batch_size 4': 'multiple of --micro_batch_size',
     '--no-causal': '--objective causal needs --causal',
     '--learning-rate 1': 'unrecognized arguments: --learning-rate 1',
@@ -488,6 +550,7 @@ def test_who_decides_a_setting(monkeypatch, tmp_path):
     assert (config.causal, config.vocab_size, flags.resume) == (True, 0, False)
     assert flags.out_dir == 'out/composite-masked-shakespeare'
     assert not script.resolve(['--preset', 'bert_small'])[2].causal, 'the objective of a preset decides'
+    assert script.batch_share(script.resolve('--preset gpt2 --batch_size 8'.split())[0]) == (8, 8)
     assert not script.resolve(['--config', 'x/config.json', '--objective', 'masked'])[2].causal
     settings, module, config, _ = script.resolve('--resume --out_dir x --config c.json --preset gpt2'.split())
     assert (settings.learning_rate, settings.batch_size, config.n_layer) == (5e-4, 24, 4)

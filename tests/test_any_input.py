@@ -5,7 +5,6 @@ import io
 import json
 
 import pytest
-import torch
 
 hypothesis = pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, example, given, settings, strategies as st  # noqa: E402
@@ -13,7 +12,6 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st  
 import model_composite  # noqa: E402
 import model_nope  # noqa: E402
 import prepare_data  # noqa: E402
-import sample  # noqa: E402
 import train as script  # noqa: E402
 
 # the same examples every time, and as many on a slow machine as on a fast one
@@ -77,40 +75,14 @@ def test_files_of_any_bytes(tmp_path, content):
     refused(script.read_config, tmp_path / 'meta.json')
 
 
-def build(folder, block_size=4):
+def build(folder, block_size):
     config = model_nope.Config(vocab_size=0, block_size=block_size, n_layer=1, n_head=1, n_embd=4)
     run = script.Run(script.Settings(model='nope', dataset='text', data_dir=str(folder)), config, out=folder)
     script.load_data(run)
-    model, _, optimizer = script.build(run, model_nope, False)
-    return run, model, optimizer
 
 
-@pytest.fixture(scope='module')
-def small(tmp_path_factory):
-    """A folder with a data set of 200 ids and a checkpoint of the smallest model."""
-    folder = tmp_path_factory.mktemp('small')
-    (folder / 'text.txt').write_bytes(bytes(range(32, 132)) * 2)
-    prepare_data.prepare('text', tokenizer='bytes', path=folder / 'text.txt', data_dir=folder)
-    script.save(*build(folder), 'good.pt')
-    return folder
-
-
-def test_a_sequence_and_its_targets_fit_into_the_validation_data(small):
+def test_a_sequence_and_its_targets_fit_into_the_validation_data(tmp_path):
     """20 tokens of validation data: block_size 19 is the longest."""
-    assert '--block_size must be less than 20' in refused(build, small, 20) and refused(build, small, 19) is None
-
-
-@bounded
-@given(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=3))
-def test_checkpoints_with_wrong_bytes(small, place, content):
-    """Refused, or loaded with the very values that were saved."""
-    good = (small / 'good.pt').read_bytes()
-    start = int(place * len(good))
-    bad = good[:start] + content + good[start + len(content):]
-    (small / 'ckpt_last.pt').write_bytes(bad)
-    run, model, optimizer = build(small)
-    right = {name: x.clone() for name, x in model.state_dict().items()}
-    model.load_state_dict({name: x + 1 for name, x in right.items()})
-    if refused(lambda: script.restore(run, script.load_checkpoint(small / 'ckpt_last.pt'), model, optimizer)) is None:
-        assert all(torch.equal(x, right[name]) for name, x in model.state_dict().items())
-    refused(sample.load_run, small)
+    (tmp_path / 'text.txt').write_bytes(bytes(range(32, 132)) * 2)
+    prepare_data.prepare('text', tokenizer='bytes', path=tmp_path / 'text.txt', data_dir=tmp_path)
+    assert '--block_size must be less than 20' in refused(build, tmp_path, 20) and refused(build, tmp_path, 19) is None

@@ -159,17 +159,6 @@ def test_probes_variance_counter_and_kernels(runs):
     assert 'no kernels' in runs.err
 
 
-def test_counter_of_known_outputs():
-    """Outputs that count along one direction: the coordinate and its share are found, on the second half."""
-    torch.manual_seed(0)
-    falling = torch.linspace(9, 1, 8)
-    y = 0.01 * torch.randn(40, 8, 16)
-    y[..., 3] += falling
-    coordinate, _, share = counter.along_first(y)
-    assert np.allclose(coordinate, falling, atol=0.05) and share.min() > 0.95
-    assert attention_variance.slope(1 / 2.0 ** np.arange(6)) == pytest.approx(-1)
-
-
 def spelled(ids):
     return ''.join('abcdefghijklmnopqrstuvwxyz0123456789+=.'[i] for i in ids)
 

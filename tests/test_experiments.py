@@ -214,15 +214,6 @@ def test_learning_rate(fake_runs, monkeypatch, tmp_path, capsys):
     assert png(tmp_path / 'results/learning_rate')
 
 
-def test_schemes():
-    """Every scheme is a model of its own and has a color of its own, and so have some that are not known."""
-    known = [str(lib.resolve(words)[1:]) for words in lib.SCHEMES.values()]
-    assert len(set(known)) == len(known)
-    color = lib.colors(['mine', *lib.SCHEMES, 'yours'])
-    assert len(set(color.values())) == len(lib.SCHEMES) + 2 and color['nope'] == lib.colors(['nope-2', 'x'])['nope-2']
-    assert lib.in_order(['mine', 'rope', 'nope', 'rope']) == ['nope', 'rope', 'mine']
-
-
 def test_names_of_runs(monkeypatch, tmp_path, capsys):
     runs = ['out/compare/x-1-causal-nope-1', 'out/compare/x-1-causal-nope-2', 'out/nope-causal-code']
     assert lib.short_names(runs) == ['nope-1', 'nope-2', 'nope-causal-code']
@@ -323,18 +314,6 @@ def test_speed(monkeypatch, tmp_path, checkouts, capsys):
     assert sum(r['name'] != 'composite, fast' for r in lib.read_csv(tmp_path / 'r/speed-cpu.csv')) == 20
     with pytest.raises(SystemExit, match='2'):
         python(monkeypatch, tmp_path, speed, *words, '--parts', 'decode', '--chang', tmp_path)
-
-
-def test_turns(monkeypatch):
-    """Medians without the first run; rows after each turn; a form that fails later is named and left out."""
-    clock = iter(range(10 ** 6))
-    lengths = iter([100, 1, 2, 9])
-    monkeypatch.setattr(speed, 'FAILED', [])
-    monkeypatch.setattr(speed, 'clock', lambda: next(clock))
-    later = iter([1, 1])
-    found = list(speed.turns({'a': lambda: [next(clock) for _ in range(next(lengths))], 'b': lambda: next(later)}, 3))
-    assert [list(ms) for ms in found] == [['a', 'b'], ['a'], ['a']] and speed.FAILED == ['b']
-    assert [ms['a'] for ms in found] == [2e3, 2.5e3, 3e3]
 
 
 def test_recipe(monkeypatch, tmp_path, checkouts, capsys):

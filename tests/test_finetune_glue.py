@@ -64,6 +64,7 @@ def test_batches_metrics_and_tokens():
     def cut(T, *texts):
         return bytes(ft.tokens((0, *texts), lambda text: list(text.encode()), T).tolist())
     assert cut(5, ' abcdefg ') == b'abcde' and cut(9, 'abcdefgh', 'xy') == b'abcdef\nxy'
+    assert cut(8, ' ') == b'\n', 'an empty sentence can be classified'
     assert cut(9, 'xy', 'abcdefgh') == b'xy\nabcdef' and cut(8, 'a' * 9, 'b' * 9) == b'aaaa\nbbb'
 
 

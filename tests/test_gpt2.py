@@ -176,14 +176,12 @@ class Trap:
 
 @pytest.mark.parametrize('tensors, config, message', [
     (lambda: changed('wpe.weight', torch.t) | {'x': torch.ones(1)}, {}, r'also has x'),
-    (lambda: {k: w for k, w in hub_weights().items() if k != 'wpe.weight'}, {}, r'lacks wpe\.weight \(1 tensors\)'),
     (lambda: changed('h.0.attn.c_attn.weight', torch.t), {}, r'h\.0\.attn\.c_attn\.weight in .* has the shape'),
-    (lambda: changed('wte.weight', lambda w: w[1:]), {}, r'wte\.weight in .* \[50256, 16\].* should be \[50257, 16\]'),
     (lambda: changed('lm_head.weight', lambda w: w + 1), {}, 'has a head of its own'),
     (hub_weights, dict(model_type='gpt_neo'), 'model_type is gpt_neo; our models can be gpt2 only'),
-    (hub_weights, dict(n_head=0), 'describes no GPT-2'), (hub_weights, dict(n_embd='wide'), 'is not the config.json'),
+    (hub_weights, dict(n_head=0), 'describes no GPT-2'),
     (lambda: {'wte.weight': Trap()}, {}, 'is damaged, or does not hold tensors only'),
-], ids=range(9))
+], ids=range(6))
 def test_another_checkpoint_is_refused(run, tmp_path, tensors, config, message):
     """Exit code 2, one line, no folder; a pickle runs no code."""
     tensors = tensors()

@@ -20,12 +20,8 @@ CONTEXT.set_forkserver_preload(['torch', 'torch._dynamo', 'pytest'])
 PLANTED = [
     ('train.py', 'sequences[:, 1:], None', 'sequences[:, :-1], None',
      HERE + 'test_causal_targets_are_the_next_tokens'),
-    ('train.py', 'np.where(u < 0.8', 'np.where(u < 0.9', HERE + 'test_masked_batch'),
-    ('train.py', 'range(i, i + micro)', 'range(first, first + micro)',
-     HERE + 'test_micro_batches_equal_one_batch[causal]'),
     ('train.py', 'max(1, run.settings.eval_tokens // T)', 'run.settings.eval_tokens // T',
      HERE + 'test_evaluate[causal]'),
-    ('train.py', 'lr_at(step - 1, settings)', 'lr_at(step, settings)', HERE + 'test_what_the_log_says'),
     ('train.py', '    run.losses.clear()\n', '', HERE + 'test_what_the_log_says'),
     ('train.py', "run.meta['val_tokens'] / run.meta['val_bytes']", '1', HERE + 'test_what_the_log_says'),
     ('train.py', '        run.best = loss\n        save', '        save',
@@ -38,7 +34,6 @@ PLANTED = [
     ('train.py', 'zipfile.ZipFile(path).testzip()', 'None', HERE + 'test_damaged_checkpoints_are_refused'),
     ('train.py', "            save(run, model, optimizer, 'ckpt_last.pt')  # with", '            pass  #',
      HERE + 'test_a_finished_run_is_extended'),
-    ('train.py', 'fcntl.lockf(', 'id(', HERE + 'test_a_closed_terminal_saves_and_two_runs_never_share_a_folder'),
 ]
 
 

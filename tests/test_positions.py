@@ -27,6 +27,7 @@ def test_variance(monkeypatch):
     for m in (1, 8, 64):
         assert found['causal', 0.02, 1, m] * m == pytest.approx(0.0944, rel=0.3)
         assert found['no causal mask', 0.02, 1, m] * 64 == pytest.approx(0.0944, rel=0.4)
+    assert attention_variance.slope(1 / 2.0 ** np.arange(6)) == pytest.approx(-1)
     assert found['causal', 0.02, 2, 1] < 4 * found['causal', 0.02, 2, 64], 'only the first layer falls as 1/m'
     assert found['sigmas, first layer', 0.2, 1, 1] < 2 * found['sigmas, first layer', 0.2, 1, 64]
 

@@ -183,9 +183,3 @@ def test_refused(main, run):
         err = re.sub(r'\S+ckpt_\w+.pt: step.*\n', '', main(*words, code=2).err)
         assert err.startswith('sample.py: ') and err.count('\n') == 1 and all(part in err for part in said.split()), err
     assert 'no run in out/' in run('sample.py', code=2).err
-
-
-def test_an_empty_sentence_can_be_classified():
-    """finetune_glue.py: it is read as a newline, because a model needs at least one token."""
-    import finetune_glue  # not at the top: the planted errors run in a copy without experiments/
-    assert finetune_glue.tokens((0, ' '), sample.tokenizer('bytes')[0], 8).tolist() == [10]

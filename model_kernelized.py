@@ -100,7 +100,7 @@ def features(x, w, kind='prf', stable=False, normalize=False):
     stable: drop a factor per query, which cancels in equation 10 (a factor per key would not): nothing overflows.
     normalize: x / |x| first (Algorithm 1). The exponents are then small enough for bfloat16; otherwise use float32.
     """
-    square = x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(-1, keepdim=True)  # |x|^2 (..., 1)
+    square = x.square().sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))  # |x|^2 (..., 1)
     if normalize:
         x = x * square.clamp_min(1e-8).rsqrt().to(x.dtype)  # norm at least 1e-4: bounds the gradient
         square = x.new_ones(1)

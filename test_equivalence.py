@@ -423,9 +423,8 @@ def test_random_features_are_unbiased():
     for kind, factor in (('prf', (x.square().sum() / 2 - (x @ w[:8].T).max()).exp()), ('trf', (-x @ x / 2).exp())):
         check("a query's stable features = the plain ones times one factor", kind,
               kernelized.features(x, w[:8], kind, stable=True), kernelized.features(x, w[:8], kind) * factor)
-        ours = kernelized.features(x, w[:8], kind, normalize=True)
-        unit = F.normalize(x, dim=0)
-        check('normalized features of x = features of x / |x|', kind, ours, kernelized.features(unit, w[:8], kind))
+        ours, unit = [kernelized.features(z, w[:8], kind, normalize=z is x) for z in (x, F.normalize(x, dim=0))]
+        check('normalized features of x = features of x / |x|', kind, ours, unit)
     one = torch.ones(D).double() / D ** 0.5
     w = kernelized.random_matrix(20000 * D, D, 'orf').double()
     for y in (one, -one):

@@ -44,6 +44,7 @@ from torch import nn
 
 import model_composite as composite
 import model_kernelized as kernelized
+from train import keep_freed_memory
 
 HEADER = 'part', 'name', 'setting', 'ms', 'ratio', 'speed', 'tokens_per_s', 'peak_gib'
 TINY = dict(vocab_size=320, block_size=128, n_layer=4, n_head=4, n_embd=128)
@@ -327,6 +328,7 @@ def main():
     name = torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} CPU threads'
     print(f'{name}, torch {torch.__version__}', flush=True)
     torch.set_float32_matmul_precision('high')
+    keep_freed_memory()  # as train.py does, and here for nanoGPT's model, too
     torch.manual_seed(0)
     rows = {}
 

@@ -385,20 +385,20 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
 def attend_recurrent(q, k, v, b, state):
     """The next T tokens of a causal sequence, in time and memory that do not grow with its length.
 
-    Shapes as in attend_dense. state holds the last R keys and values; kv (B, nh, m, hs+1) is the sum of phi(k_j)^T v_j
-    over all keys before them.
+    Shapes as in attend_dense. state holds the last R keys and values, the weights c, and kv (B, nh, m, hs+1), the sum of
+    phi(k_j)^T v_j over all keys before them.
     """
     T, R = q.size(2), b.size(-1) // 2
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
     values = torch.cat((v, torch.ones_like(v[..., :1])), -1)
     if 'kv' not in state:  # the first call has the whole prompt
         y = attend_chunked(q, k, v, b)
+        state['c'] = relative_weights(b, True).to(q.dtype)  # (nh, 2R+1)
     else:
         k, values = [torch.cat((state[name], x), 2) for name, x in (('k', k), ('values', values))]  # (B, nh, S, ...)
-        c = relative_weights(b, True).to(q.dtype)
-        toeplitz = along_diagonals(c[:, None].expand(-1, T, -1), k.size(2) - T, k.size(2), 0.0)  # (nh, T, S)
+        toeplitz = along_diagonals(state['c'][:, None].expand(-1, T, -1), k.size(2) - T, k.size(2), 0.0)  # (nh, T, S)
         near = ((q @ k.transpose(-2, -1)) * toeplitz) @ values  # (B, nh, T, hs+1)
-        y = divide(near.to(acc_dtype) + c[:, :1, None] * (q.to(acc_dtype) @ state['kv'])).to(v.dtype)
+        y = divide(near.to(acc_dtype) + state['c'][:, :1, None] * (q.to(acc_dtype) @ state['kv'])).to(v.dtype)
     old = max(0, k.size(2) - R)  # keys R or more tokens away from all that follow
     with torch.autocast(q.device.type, enabled=False):  # in bfloat16 long sums lose precision
         kv = k[:, :, :old].transpose(-2, -1).to(acc_dtype) @ values[:, :, :old].to(acc_dtype)

@@ -385,8 +385,8 @@ def attend_chunked(q, k, v, b, causal=True, valid=None, chunk=64):
 def attend_recurrent(q, k, v, b, state):
     """The next T tokens of a causal sequence, in time and memory that do not grow with its length.
 
-    Shapes as in attend_dense. state holds the last R keys and values, the weights c, and kv (B, nh, m, hs+1), the sum of
-    phi(k_j)^T v_j over all keys before them.
+    Shapes as in attend_dense. state holds the last R keys and values, the weights c, and kv (B, nh, m, hs+1): the sum
+    of phi(k_j)^T v_j over all keys before them.
     """
     T, R = q.size(2), b.size(-1) // 2
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
@@ -396,7 +396,7 @@ def attend_recurrent(q, k, v, b, state):
         state['c'] = relative_weights(b, True).to(q.dtype)  # (nh, 2R+1)
     else:
         k, values = [torch.cat((state[name], x), 2) for name, x in (('k', k), ('values', values))]  # (B, nh, S, ...)
-        toeplitz = along_diagonals(state['c'][:, None].expand(-1, T, -1), k.size(2) - T, k.size(2), 0.0)  # (nh, T, S)
+        toeplitz = along_diagonals(state['c'][:, None].expand(-1, T, -1), k.size(2) - T, k.size(2), 0.0)
         near = ((q @ k.transpose(-2, -1)) * toeplitz) @ values  # (B, nh, T, hs+1)
         y = divide(near.to(acc_dtype) + state['c'][:, :1, None] * (q.to(acc_dtype) @ state['kv'])).to(v.dtype)
     old = max(0, k.size(2) - R)  # keys R or more tokens away from all that follow

@@ -20,7 +20,6 @@ from lib import (
     save, table_path, train_all)
 
 HEADER = 'dataset', 'objective', 'steps', 'scheme', 'learning_rate', 'loss'
-FLAGS = {**SCHEMES, 'conv': ['--model', 'conv'], 'kernelized': ['--model', 'kernelized']}
 
 
 def loss_tables(rows):
@@ -59,23 +58,22 @@ def draw(rows):
 def main():
     parser = Parser(__doc__, 'half the width, half the layers, 60 steps, two rates')
     parser.add('--rates', [3e-3, 6e-3, 1.2e-2], [3e-3, 6e-3], type=rate, nargs='+')
-    parser.add('--schemes', 'nope rope alibi composite conv kernelized'.split(), nargs='+', metavar='SCHEME',
-               note="of compare.py, conv, kernelized, or 'name: flags of train.py'")
+    parser.add('--schemes', 'nope rope alibi composite conv-output nprf+rpe'.split(), nargs='+', metavar='SCHEME',
+               note="of compare.py, or 'name: flags of train.py'")
     parser.add('--objectives', ['causal', 'masked'], choices=('causal', 'masked'), nargs='+')
     parser.add('--datasets', ['shakespeare'], nargs='+')
     parser.add('--steps', 1000, 60)
     parser.add_argument('--jobs', type=positive, default=2, help='runs at a time (default 2)')
     parser.add_data()
     args = parser.parse_args()
-    known = {word: FLAGS[word] for word in args.schemes if word in ('conv', 'kernelized')}
-    args.schemes = known | read_schemes([word for word in args.schemes if word not in known])
+    args.schemes = read_schemes(args.schemes)
     path = table_path(args, 'learning_rate')
     rows = [tuple(map(number, row.values())) for row in read_csv(path)]
     runs, keys = [], []
     settings = itertools.product(args.datasets, args.objectives, args.schemes, args.rates)
     for dataset, objective, scheme, value in settings:
         key = dataset, objective, args.steps, scheme, value
-        if scheme in FLAGS and any(row[:5] == key for row in rows):
+        if scheme in SCHEMES and any(row[:5] == key for row in rows):
             continue
         name = f'{dataset}-{objective}-{scheme}-{value:g}-{args.steps}' + ('-quick' if args.quick else '')
         words = [*(QUICK if args.quick else []), '--dataset', dataset, '--objective', objective, '--data_dir',

@@ -195,22 +195,22 @@ def test_tables_of_compare():
     assert compare.levels_table(CURVES, [4.0, 3.1])[1] == [
         ('causal', 'nope', '4 / 4', '4 / -', '3.0000 / 3.2000'), ('causal', 'mine', '2', '4', '2.9000')]
     line = compare.draw(CURVES, '').axes[0].lines[0]
-    assert list(line.get_ydata()) == pytest.approx([4.2, 3.1]), 'the mean of the seeds, without step 0'
+    assert list(line.get_ydata()) == pytest.approx([4.2, 3.1])
 
 
 def test_learning_rate(fake_runs, monkeypatch, tmp_path, capsys):
-    """Loss by rate, mean, and the largest distance of a rate from a scheme's own best; finished runs are skipped."""
-    words = ['--schemes', 'nope', 'conv', '--objectives', 'causal', '--rates', 0.003, 0.006, '--steps', 9,
+    """Loss by rate, mean, largest distance from a scheme's own best; finished runs are skipped."""
+    words = ['--schemes', 'nope', 'rope', '--objectives', 'causal', '--rates', 0.003, 0.006, '--steps', 9,
              '--results', 'results', '--jobs', 1]
     python(monkeypatch, tmp_path, learning_rate, *words)
-    flags = {name: dict(zip(words, words[1:])) for name, words in fake_runs}['shakespeare-causal-conv-0.006-9']
+    flags = {name: dict(zip(words, words[1:])) for name, words in fake_runs}['shakespeare-causal-rope-0.006-9']
     assert flags['--learning_rate'] == '0.006' and flags['--max_iters'] == '9' and len(fake_runs) == 4
-    out = capsys.readouterr().out  # conv 1.25, 2.25; nope 3.25, 4.25, in the order of training
-    assert '| shakespeare | causal | 9 | nope | 3.2500 | 4.2500 |' in out
+    out = capsys.readouterr().out  # nope 1.25, 2.25; rope 3.25, 4.25
+    assert '| shakespeare | causal | 9 | rope | 3.2500 | 4.2500 |' in out
     os.rename(tmp_path / 'out', tmp_path / 'lost')
     python(monkeypatch, tmp_path, learning_rate, *words, '--rates', 0.003, 0.006, 0.012)
-    assert [name for name, _ in fake_runs[4:]] == [f'shakespeare-causal-{s}-0.012-9' for s in ('conv', 'nope')]
-    assert '2.2500 (0.0000) | 3.2500 (1.0000) | 5.7500 (4.0000) |' in capsys.readouterr().out, 'conv 5.25, nope 6.25'
+    assert [name for name, _ in fake_runs[4:]] == [f'shakespeare-causal-{s}-0.012-9' for s in ('nope', 'rope')]
+    assert '2.2500 (0.0000) | 3.2500 (1.0000) | 5.7500 (4.0000) |' in capsys.readouterr().out, '5.25, 6.25'
     assert png(tmp_path / 'results/learning_rate')
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import conftest  # noqa: F401, finds experiments/
+import curves
 import lib
 import look_inside
 from test_experiments import png
@@ -61,15 +62,16 @@ def test_scripts_on_a_trained_run(trained, run):
     seconds = sum(10 * float(row['ms']) for row in rows if row['ms']) / 1000
     best = min((float(row['val_loss']), row['bits_per_byte']) for row in rows if row['val_loss'])
     cells = run.out.splitlines()[3].strip('| ').split(' | ')
-    assert cells == [out_dir.name, '60', f'{seconds:.0f}', f'{best[0]:.4f}', f'{float(best[1]):.4f}']
+    assert cells == [out_dir.name, '60', f'{seconds:.0f}', f'{best[0]:.4f}', f'{float(best[1]):.4f}', '-']
     assert png(run.folder / 'out/curves')
 
 
 def test_logs(tmp_path, capsys):
-    """Seconds by hand: 10 steps of 100 ms, 10 of 200 ms, and 5 more like the last ones. Damaged logs are refused."""
+    """Seconds: 10 steps of 100 ms, 10 of 200 ms, 5 more like the last. Damaged logs are refused."""
     (tmp_path / 'log.csv').write_text('step,train_loss,val_loss,ms\n0,,5.5,\n10,5,,100\n15,,4,\n20,3,,200\n25,,3.5,\n')
     assert [row['seconds'] for row in lib.read_log(tmp_path)] == pytest.approx([0, 1, 2, 3, 4])
     assert lib.losses(tmp_path) == [(0, 5.5), (15, 4.0), (25, 3.5)]
+    assert curves.curve_table({'a': lib.read_log(tmp_path)}, 4)[1] == [('a', '25', '4', '3.5000', 'nan', '2')]
     for text, message in (('', 'is empty'), ('step,ms\nx,1\n', 'is damaged: ValueError'), ('a\n1\n', 'KeyError')):
         (tmp_path / 'log.csv').write_text(text)
         with pytest.raises(SystemExit, match='2'):

@@ -7,8 +7,7 @@ Which learning rate suits each position scheme, and is one rate fair to all?
 
 Each run is train.py with the tiny preset in its own folder in out/learning_rate/. What is finished there, or is in the
 table, is not trained again, so that an interrupted sweep continues.
-The second table has the mean over the schemes for each rate, and the largest distance of any scheme from its own best
-loss. A rate whose largest distance is small is fair to all of them.
+Printed last are the mean over the schemes, and the largest distance of any scheme from its own best loss.
 Writes experiments/results/learning_rate.csv after each run, and .png.
 """
 import itertools
@@ -22,28 +21,25 @@ from lib import (
 HEADER = 'dataset', 'objective', 'steps', 'scheme', 'learning_rate', 'loss'
 
 
-def loss_tables(rows):
-    """Rows of the CSV -> per data set and objective: a table of the losses by rate, a table of mean and distance."""
-    rates = sorted({row[4] for row in rows})
-    heads = [f'{value:g}' for value in rates]
-    by_scheme, by_setting = [], []
-    for setting in dict.fromkeys(row[:3] for row in rows):
+def loss_table(rows):
+    """Rows of the CSV -> losses by objective and rate. Mean and distance are of schemes that have all rates."""
+    columns = sorted({(row[1], row[4]) for row in rows})
+    table = []
+    for setting in dict.fromkeys((row[0], row[2]) for row in rows):
         found = {}
-        for row in rows:
-            if row[:3] == setting:
-                found.setdefault(row[3], {})[row[4]] = row[5]
-        complete = {scheme: losses for scheme, losses in found.items() if len(losses) == len(rates)}
-        names = setting[0], setting[1], f'{setting[2]:,}'
-        for scheme, of_rate in found.items():
-            cells = [f'{of_rate[value]:.4f}' if value in of_rate else '-' for value in rates]
-            by_scheme.append((*names, scheme, *cells))
-        if complete:
-            means = [statistics.mean(losses[value] for losses in complete.values()) for value in rates]
-            far = [max(losses[value] - min(losses.values()) for losses in complete.values()) for value in rates]
-            by_setting.append((*names, *(f'{mean:.4f} ({x:.4f})' for mean, x in zip(means, far))))
-    first = ('data set', 'objective', 'steps', 'scheme', *heads)
-    return (first, by_scheme), (('data set', 'objective', 'steps', *(f'{h}: mean (distance)' for h in heads)),
-                                by_setting)
+        for dataset, objective, steps, scheme, value, loss in rows:
+            if (dataset, steps) == setting:
+                found.setdefault(scheme, {})[objective, value] = loss
+        complete = [losses for losses in found.values() if len(losses) == len(columns)]
+        for column in columns if complete else ():
+            best = [min(loss for key, loss in losses.items() if key[0] == column[0]) for losses in complete]
+            distance = max(losses[column] - lowest for losses, lowest in zip(complete, best))
+            found.setdefault('mean', {})[column] = statistics.mean(losses[column] for losses in complete)
+            found.setdefault('largest distance', {})[column] = distance
+        for scheme, losses in found.items():
+            cells = [f'{losses[column]:.4f}' if column in losses else '-' for column in columns]
+            table.append((setting[0], f'{setting[1]:,}', scheme, *cells))
+    return ('data set', 'steps', 'scheme', *(f'{objective}, {value:g}' for objective, value in columns)), table
 
 
 def draw(rows):
@@ -85,8 +81,7 @@ def main():
         print(f'{runs[n][0]}: {loss:.4f}', flush=True)
         merge_csv(path, HEADER, [(*keys[n], f'{loss:g}')], 5)
     rows = [tuple(map(number, row.values())) for row in read_csv(path)]
-    for table in loss_tables(rows):
-        print_table(table)
+    print_table(loss_table(rows))
     save(draw(rows), path)
 
 

@@ -396,8 +396,7 @@ def check_comment(path, comment):
     """End the script if the table at path has another comment."""
     if not path.is_file():
         return
-    with open(path, encoding='utf-8') as f:
-        first = f.readline().strip()
+    first = path.read_text(encoding='utf-8').split('\n')[0]
     old = first[2:] if first.startswith('# ') else None
     if old != comment:
         die(f'{path} was made with other settings ({old}), not {comment}: give another --name or --results')

@@ -82,10 +82,7 @@ def turns(jobs, repeats):
 
 def in_turns(jobs, repeats):
     """-> {name: median ms}."""
-    last = {}
-    for last in turns(jobs, repeats):
-        pass
-    return last
+    return [{}, *turns(jobs, repeats)][-1]
 
 
 def clock():
@@ -312,6 +309,13 @@ def recipe(args):
     print_table((('program', f'seconds to {TARGET}', 'seconds in all', 'last validation loss'), cells))
 
 
+def speed_table(rows):
+    """Rows of the CSV -> the table."""
+    def cell(x):
+        return x if isinstance(x, str) else '' if x is None or x != x else f'{x:,.{0 if x >= 1000 else 2}f}'
+    return HEADER, [tuple(map(cell, row)) for row in rows]
+
+
 def main():
     parser = Parser(__doc__, 'small sizes, one turn')
     parser.add('--parts', ['steps', 'attention', 'decode'], nargs='+', choices=['steps', 'attention', 'decode'])
@@ -340,9 +344,7 @@ def main():
     else:
         for part in [*args.parts, *(['chang'] if args.chang else [])]:
             dict(steps=steps, attention=attention, decode=decode, chang=chang)[part](args, device, put)
-            cells = [tuple('' if x is None or x != x else f'{x:,.2f}' if isinstance(x, float) else x for x in row)
-                     for row in rows.values() if row[0] == part]
-            print_table((HEADER, cells))
+            print_table(speed_table(row for row in rows.values() if row[0] == part))
     if FAILED:
         print(f'FAILED: {", ".join(map(str, FAILED))}')
         sys.exit(1)

@@ -18,10 +18,12 @@ import extrapolate
 import feature_error
 import finetune_glue
 import kernels
+import learning_rate
 import lib
 import model_kernelized
 import probe_position
 import results_table
+import speed
 import stability
 import take_positions_away
 import tasks
@@ -64,12 +66,13 @@ def tables():
         'trained': attention_variance.trained_table(rows_of('attention_variance-python-8000')),
         'counter': counter.coordinate_table(rows_of('counter')), 'use': counter.use_table(rows_of('counter-use')),
         'probes': probe_position.error_table(rows_of('probe_position-random')),
-        'last layer': probe_position.last_layer_table(rows_of('probe_position-python-8000')),
         'features': feature_error.error_table(feature_error.means(rows_of('feature_error'))),
         'convert': convert.loss_table(convert.by_size(rows_of('convert'))),
         'stability': stability.stability_table(rows_of('stability')), 'glue': scores(),
         'positions': take_positions_away.loss_table(
             take_positions_away.by_scheme(RESULTS / 'take_positions_away-python.csv')),
+        'rates': learning_rate.loss_table(rows_of('learning_rate')),
+        'speed': speed.speed_table(rows_of('speed-cpu')),
         'one': results_table.the_table(results_table.collect(RESULTS, 'python-8000'))}
     peaks = [kernels.peak_table(rows_of(path.stem)) for path in sorted(RESULTS.glob('kernels-*.csv'))]
     return found | {'kernels': (peaks[0][0], [row for _, rows in peaks for row in rows])}
@@ -261,7 +264,7 @@ def test_scripts_on_random_features(run, data_dir):
 
 @pytest.mark.parametrize('fields', convert.MODELS.values(), ids=convert.MODELS)
 def test_what_convert_swaps(fields):
-    """The softmax that convert.py trains with is what the features estimate: thousands are near it, a few are not."""
+    """The softmax of convert.py is what the features estimate: thousands are near it, a few are not."""
     torch.manual_seed(0)
     error = {}
     for m in (16, 2 ** 14):

@@ -1,4 +1,4 @@
-"""The checks can fail: plant one error at a time in a copy of the model files, and test_equivalence.py reports it."""
+"""The checks can fail: test_equivalence.py reports each error in a copy of the model files."""
 import contextlib
 import io
 import multiprocessing
@@ -65,7 +65,7 @@ ERRORS = {
 
 
 def plant(what):
-    """Run the checks on a copy that has one error -> exit status, first check that fails. Runs in a new process."""
+    """Run the checks on a copy with one error -> exit status, first check that fails."""
     import importlib
     import torch
     torch.set_num_threads(1)

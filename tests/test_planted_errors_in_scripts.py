@@ -1,4 +1,4 @@
-"""The tests of the scripts can fail: plant one error in a copy of the repository, and the named test must fail."""
+"""The tests of the scripts can fail: with one error in a copy of the repository, the named test fails."""
 import contextlib
 import multiprocessing
 import os
@@ -38,7 +38,7 @@ PLANTED = [
 
 
 def run_test(folder, test):
-    """Run a test of a copy of the repository in this new process, which exits with pytest's exit code."""
+    """Run a test of a copy of the repository; exits with pytest's exit code."""
     for path in (*REPO.glob('*.py'), *REPO.glob('*/*.py')):
         sys.modules.pop(path.stem, None)  # the parent has imported the code without the error
     sys.path[:] = [path for path in sys.path if not Path(path or '.').resolve().is_relative_to(REPO)]

@@ -116,7 +116,7 @@ def test_the_end_of_a_document(capsys):
 
 @pytest.mark.parametrize('name', [*MODELS, 'rope'])
 def test_drawn_from_the_state_is_drawn_from_the_text(name):
-    """Ids drawn from the running state = ids drawn by feeding the whole text anew, across the edge of the context."""
+    """Ids drawn from the running state = ids drawn with the whole text, across the edge of the context."""
     module = importlib.import_module(f'model_{name}')
     torch.manual_seed(0)
     model = module.Model(module.Config(vocab_size=320, block_size=32, n_layer=2, n_head=2, n_embd=32)).eval()
@@ -138,7 +138,7 @@ def test_drawn_from_the_state_is_drawn_from_the_text(name):
 
 
 def test_each_gap_shows_its_own_answers(monkeypatch, capsys):
-    """In the order of the gaps, in the text and in the list below it. A GPT-2 token begins with the space before it."""
+    """In the order of the gaps, in the text and in the list. A GPT-2 token begins with the space before it."""
     guesses = [[(ord('a'), 0.5), (ord('b'), 0.25)], [(ord('c'), 0.75), (ord('d'), 0.125)], [(ord('e'), 1.0)]]
     letters = sample.tokenizer('bytes')
     monkeypatch.setattr(sample, 'fill', lambda model, ids, *_: guesses)

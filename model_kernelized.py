@@ -98,7 +98,7 @@ def features(x, w, kind='prf', stable=False, normalize=False):
     only). trf: exp(|x|^2 / 2) [sin(w.x), cos(w.x)] / sqrt(m), (..., 2m), signed; it overflows for |x| > 13.
     elu: elu(x) + 1 (Katharopoulos et al. 2020), (..., hs), not an estimate of exp(x.y).
     stable: drop a factor per query, which cancels in equation 10 (a factor per key would not): nothing overflows.
-    normalize: x / |x| first (Algorithm 1). The exponents are then small enough for bfloat16; otherwise use float32.
+    normalize: x / |x| first (Algorithm 1): bfloat16 is then enough, otherwise use float32. Squares overflow float16.
     """
     square = x.square().sum(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))  # |x|^2 (..., 1)
     if normalize:

@@ -441,9 +441,9 @@ def choose_device(settings):
 
 def keep_freed_memory():
     """glibc returns the memory of large freed tensors to Linux; the page faults cost 4 to 10 % of a step on a CPU."""
-    if sys.platform == 'linux':
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2 ** 30)
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None  # musl has none
+    if mallopt and mallopt(-1, 2 ** 30):  # M_TRIM_THRESHOLD
+        mallopt(-3, 2 ** 30) or mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD; old versions: at most 32 MiB
 
 
 def make_parser(**kw):

@@ -7,7 +7,7 @@ Which learning rate suits each position scheme, and is one rate fair to all?
 
 Each run is train.py with the tiny preset in its own folder in out/learning_rate/. What is finished there, or is in the
 table, is not trained again, so that an interrupted sweep continues.
-Printed last are the mean over the schemes, and the largest distance of any scheme from its own best loss.
+Below the schemes of a data set stand their mean and the largest distance of any of them from its own best loss.
 Writes experiments/results/learning_rate.csv after each run, and .png.
 """
 import itertools
@@ -22,7 +22,7 @@ HEADER = 'dataset', 'objective', 'steps', 'scheme', 'learning_rate', 'loss'
 
 
 def loss_table(rows):
-    """Rows of the CSV -> losses by objective and rate. Mean and distance are of schemes that have all rates."""
+    """Rows of the CSV -> losses by objective and rate. Mean and distance: of schemes that have all rates measured."""
     columns = sorted({(row[1], row[4]) for row in rows})
     table = []
     for setting in dict.fromkeys((row[0], row[2]) for row in rows):
@@ -30,13 +30,15 @@ def loss_table(rows):
         for dataset, objective, steps, scheme, value, loss in rows:
             if (dataset, steps) == setting:
                 found.setdefault(scheme, {})[objective, value] = loss
-        complete = [losses for losses in found.values() if len(losses) == len(columns)]
-        for column in columns if complete else ():
-            best = [min(loss for key, loss in losses.items() if key[0] == column[0]) for losses in complete]
-            distance = max(losses[column] - lowest for losses, lowest in zip(complete, best))
-            found.setdefault('mean', {})[column] = statistics.mean(losses[column] for losses in complete)
-            found.setdefault('largest distance', {})[column] = distance
-        for scheme, losses in found.items():
+        mean, distance = {}, {}
+        for column in columns:
+            rates = {key for losses in found.values() for key in losses if key[0] == column[0]}
+            complete = [losses for losses in found.values() if rates <= losses.keys()]
+            if column in rates and complete:
+                best = [min(losses[key] for key in rates) for losses in complete]
+                mean[column] = statistics.mean(losses[column] for losses in complete)
+                distance[column] = max(losses[column] - lowest for losses, lowest in zip(complete, best))
+        for scheme, losses in [*found.items(), ('mean', mean), ('largest distance', distance)]:
             cells = [f'{losses[column]:.4f}' if column in losses else '-' for column in columns]
             table.append((setting[0], f'{setting[1]:,}', scheme, *cells))
     return ('data set', 'steps', 'scheme', *(f'{objective}, {value:g}' for objective, value in columns)), table

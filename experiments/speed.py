@@ -310,10 +310,11 @@ def recipe(args):
 
 
 def speed_table(rows):
-    """Rows of the CSV -> the table."""
+    """Rows of the CSV -> the table, without columns that are empty in all of them."""
     def cell(x):
         return x if isinstance(x, str) else '' if x is None or x != x else f'{x:,.{0 if x >= 1000 else 2}f}'
-    return HEADER, [tuple(map(cell, row)) for row in rows]
+    used = [n for n in range(len(HEADER)) if any(row[n] not in (None, '') for row in rows)]
+    return tuple(HEADER[n] for n in used), [tuple(cell(row[n]) for n in used) for row in rows]
 
 
 def main():

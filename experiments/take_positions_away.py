@@ -4,7 +4,7 @@ Take the positions away from a trained model, measure the damage, and train it o
     python experiments/take_positions_away.py --quick          # a few minutes on two CPU cores: does it run?
     python experiments/take_positions_away.py                  # a small GPT-2 of ours, trained for 2,000 steps
     python experiments/from_gpt2.py --size gpt2 --out_dir out/gpt2
-    python experiments/take_positions_away.py --base out/gpt2 --name gpt2 --seeds 1    # GPT-2 itself, on WikiText-2
+    python experiments/take_positions_away.py --base out/gpt2 --name gpt2 --seeds 1 --learning_rate 3e-4    # GPT-2
 
 The base is a model with learned absolute positions. Each scheme gets its weights without them (wpe) and kernels of
 zero, and is trained on. The loss at step 0 tells how much the model needs its positions, and the curve how fast the

@@ -14,7 +14,6 @@ import model_nope  # noqa: E402
 import prepare_data  # noqa: E402
 import train as script  # noqa: E402
 
-# the same examples every time, and as many on a slow machine as on a fast one
 bounded = settings(max_examples=60, derandomize=True, deadline=None, database=None,
                    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 FIELDS = [field.name for field in dataclasses.fields(script.Settings) + dataclasses.fields(model_composite.Config)]
@@ -37,7 +36,7 @@ def refused(function, *words):
     except SystemExit as stop:
         lines = err.getvalue().split('\n')[:-1]
         assert stop.code in (None, 0, 2) and len(lines) == (stop.code == 2), lines
-        assert not lines or len(lines[0].split()) > 2, 'a sentence'
+        assert not lines or len(lines[0].split()) > 2
         return lines[0] if lines else None
     except OSError as e:  # the last lines of train.py print it in one line, too
         return str(e)
@@ -82,7 +81,6 @@ def build(folder, block_size):
 
 
 def test_a_sequence_and_its_targets_fit_into_the_validation_data(tmp_path):
-    """20 tokens of validation data: block_size 19 is the longest."""
     (tmp_path / 'text.txt').write_bytes(bytes(range(32, 132)) * 2)
     prepare_data.prepare('text', tokenizer='bytes', path=tmp_path / 'text.txt', data_dir=tmp_path)
     assert '--block_size must be less than 20' in refused(build, tmp_path, 20) and refused(build, tmp_path, 19) is None

@@ -21,7 +21,7 @@ import model_composite
 import speed
 from conftest import REPO, TINY, Run
 
-OWN = 'mine: --model composite --kernel_size 9'  # a reader's own scheme: a name and flags
+OWN = 'mine: --model composite --kernel_size 9'
 
 
 def png(path):
@@ -205,13 +205,15 @@ def test_learning_rate(fake_runs, monkeypatch, tmp_path, capsys):
     python(monkeypatch, tmp_path, learning_rate, *words)
     flags = {name: dict(zip(words, words[1:])) for name, words in fake_runs}['shakespeare-causal-rope-0.006-9']
     assert flags['--learning_rate'] == '0.006' and flags['--max_iters'] == '9' and len(fake_runs) == 4
-    out = capsys.readouterr().out  # nope 1.25, 2.25; rope 3.25, 4.25
+    out = capsys.readouterr().out
     assert '| shakespeare | 9 | rope | 3.2500 | 4.2500 |' in out
     os.rename(tmp_path / 'out', tmp_path / 'lost')
     python(monkeypatch, tmp_path, learning_rate, *words, '--rates', 0.003, 0.006, 0.012)
     assert [name for name, _ in fake_runs[4:]] == [f'shakespeare-causal-{s}-0.012-9' for s in ('nope', 'rope')]
-    assert 'largest distance | 0.0000 | 1.0000 | 4.0000 |' in capsys.readouterr().out, '5.25, 6.25'
+    assert 'largest distance | 0.0000 | 1.0000 | 4.0000 |' in capsys.readouterr().out
     assert png(tmp_path / 'results/learning_rate')
+    python(monkeypatch, tmp_path, learning_rate, *words, '--datasets', 'enwik8', '--rates', 0.003)
+    assert '| enwik8 | 9 | mean | 7.7500 | - | - |' in capsys.readouterr().out
 
 
 def test_names_of_runs(monkeypatch, tmp_path, capsys):
@@ -250,8 +252,8 @@ def test_quick_touches_no_tracked_file():
     assert 'out/' in (REPO / '.gitignore').read_text().split()
 
 
-NANOGPT = 'from model_nope import Config as GPTConfig, Model as GPT'  # stands for nanoGPT's model.py
-# stands for a checkout of Chang et al.'s BERT_Convolutions: the attributes of their module, the equation as a gather
+NANOGPT = 'from model_nope import Config as GPTConfig, Model as GPT'
+# Chang et al.'s module: its attributes, and the equation as a gather
 CHANG = '''
 from .file_utils import nothing
 class BertSelfAttention(nn.Module):
@@ -336,11 +338,17 @@ def test_recipe(monkeypatch, tmp_path, checkouts, capsys):
 
 
 def test_on_gpu(tmp_path):
-    """A command that fails does not stop a part; it is named at the end; other words are refused."""
+    """A command that fails, or a loss of nan, is named at the end of its part; other words are refused."""
     (tmp_path / 'experiments').mkdir()
     shutil.copy(REPO / 'experiments/on_gpu.sh', tmp_path / 'experiments')
     fake = tmp_path / 'python3'
-    fake.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *"model conv"*) exit 1;; esac\n')
+    fake.write_text(f'''#!/bin/sh
+echo "ran $*"
+for folder; do :; done
+loss=1
+case "$*" in *val_loss*) exec {sys.executable} "$@";; *"model conv"*) exit 1;; *kernelized*) loss=nan;; esac
+case "$*" in train.py*) mkdir -p $folder; printf "val_loss,grad_norm\n2,\n,9\n$loss,\n" > $folder/log.csv;; esac
+''')
     fake.chmod(0o755)
     env = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'RESULTS': 'here', 'NANOGPT': 'there'}
 
@@ -349,11 +357,12 @@ def test_on_gpu(tmp_path):
                               capture_output=True, timeout=60)
         return done.returncode, done.stdout
     code, out = part('right')
-    assert code == 1 and 'ran -m pytest -q -x tests/test_gpu.py' in out and out.count('ran train.py') == 4
-    assert re.findall('^FAILED: python3 train.py --model (.*) --preset', out, re.M) == ['conv']
-    assert 'ran sample.py' in out and 'FAILED' in (tmp_path / 'here/right.log').read_text()
+    assert code == 1 and 'ran -m pytest -q -x tests/test_gpu.py' in out and 'ran sample.py' in out
+    failed = (tmp_path / 'here/right.log').read_text().partition('FAILED: ')[2]
+    assert re.findall(r'model (\w+) --preset|right-(\w+).csv', failed) == [
+        ('conv', ''), ('', 'conv'), ('', 'kernelized')]
     code, out = part('fast')
     assert code == 0 and out.count('ran experiments/speed.py') == 3 and '--nanogpt there' in out and '32768' in out
     assert part('fast', TINY='1')[1].count('ran experiments/speed.py --quick') == 3
-    assert part('evidence')[1].count('ran train.py') == 5
+    assert [part('evidence', TINY=tiny)[1].count('ran train.py') for tiny in ('', '1')] == [0, 5], 'no data, 5 runs'
     assert part('nothing')[0] == part()[0] == 2

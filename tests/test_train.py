@@ -402,7 +402,7 @@ def test_a_new_metric_gets_a_column(tmp_path):
 
 @pytest.mark.parametrize('change', ['data', 'eval_tokens', 'mask_prob', 'nothing'])
 def test_the_best_loss_starts_anew_when_the_data_change(finished, change):
-    """The record of the old data would never be beaten, and sample.py would use the old model forever."""
+    """The record of the old data might never be beaten; sample.py would use the old model."""
     torch.save(dict(checkpoint(finished.x), best=0.01), finished.x / 'ckpt_last.pt')
     words = {'eval_tokens': ['--eval_tokens', 512], 'mask_prob': ['--mask_prob', 0.3]}.get(change, [])
     if change == 'data':

@@ -45,7 +45,7 @@ ERRORS = {
         '(n, chunk)) for x in (q, k,'),
     'kernelized: queries and keys not normalized': (KERNELIZED, 'if normalize:\n        x = x *',
         'if normalize:\n        x = 1.0 * x + 0 *'),
-    'kernelized: far keys counted without a weight': (KERNELIZED, 'c[:, :1, None] * (q.to', '(q.to'),
+    'kernelized: far keys counted without a weight': (KERNELIZED, "state['c'][:, :1, None] * (q.to", '(q.to'),
     'plain attention: one future token visible': (NOPE, 'offset > (0 if causal', 'offset > (1 if causal'),
     'plain attention: causal mask dropped': (NOPE, 'is_causal=mask is None and causal and T > 1', 'is_causal=False'),
     'cache: the past comes last': (NOPE, "torch.cat((state['k'], k), 2)", "torch.cat((k, state['k']), 2)"),
